@@ -1,0 +1,1 @@
+"""The machine: devices, kernel sources and launches, memory, CUDA graphs, timing."""
