@@ -1,9 +1,9 @@
 """Kernel sources on disk -> compiled, checked, launchable kernels.
 
 A ``.cu`` file under rawkernels/ holds ``extern "C"`` kernels and is specialised by macros (``-DDTYPE=bf16
--DHEAD_DIM=128``), so one source gives one small compiled module per data type and size. :func:`get` turns (source, entry, macros) into a
-``cupy.RawKernel``; :func:`launch` is the only place that starts one, and checks what CuPy does not.
-"""
+-DHEAD_DIM=128``), so one source gives one small compiled module per data type and size. :func:`get` turns (source,
+entry, macros) into a ``cupy.RawKernel``; :func:`launch` is the only place that starts one, and checks what CuPy does
+not.
 
 from __future__ import annotations
 
