@@ -65,9 +65,7 @@ class Op:
     sample: Callable[..., dict[str, Any]] | None = None
     sizes: tuple[Mapping[str, Any], ...] = ()
     cost: Callable[..., tuple[int, int]] | None = None
-    tolerance: Mapping[str, float] = field(
-        default_factory=lambda: {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
-    )
+    tolerance: Mapping[str, float] = field(default_factory=lambda: {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2})
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ A ``.cu`` file under rawkernels/ holds ``extern "C"`` kernels and is specialised
 -DHEAD_DIM=128``), so one source gives one small compiled module per data type and size. :func:`get` turns (source,
 entry, macros) into a ``cupy.RawKernel``; :func:`launch` is the only place that starts one, and checks what CuPy does
 not.
+"""
 
 from __future__ import annotations
 
