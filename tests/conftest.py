@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from cupyinfer.runtime.device import gpu_count
@@ -19,4 +21,6 @@ def pytest_collection_modifyitems(config, items):
 def cupy():
     import cupy as module
 
+    if os.environ.get("CUPYINFER_TEST_NO_POOL"):  # compute-sanitizer then sees the true bounds of every array
+        module.cuda.set_allocator(None)
     return module

@@ -1,0 +1,1 @@
+"""Measurements: the machine's ceilings, decode steps, prefill, and a whole offline workload."""
