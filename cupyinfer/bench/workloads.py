@@ -95,7 +95,7 @@ def offline(bench: Bench, sequences: int = 256) -> Result:
     """Output tokens per second of nano-vllm's workload: random prompts and outputs of 100 to 1024 tokens.
 
     ``random.seed(0)``; prompts of ``randint(100, 1024)`` ids from ``randint(0, 10000)``, then
-    ``max_tokens=randint(100, 1024)`` each, temperature 0.6, EOS ignored (github.com/GeeeekExplorer/nano-vllm, bench.py).
+    ``max_tokens=randint(100, 1024)`` each, temperature 0.6, EOS ignored. Source: bench.py of nano-vllm.
     """
     rng = random.Random(0)
     top = min(10_000, bench.config.vocab_size - 1)
