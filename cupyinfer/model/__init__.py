@@ -1,0 +1,1 @@
+"""Weights, families (config and weight-name maps), layers, decoder."""
