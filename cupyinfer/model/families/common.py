@@ -9,14 +9,10 @@ from typing import Any
 from cupyinfer.errors import ConfigError
 from cupyinfer.model.architecture import RopeConfig
 from cupyinfer.model.fields import Fields
+from cupyinfer.ops.attention import HEAD_DIMS
 
-GATED_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
+EXPERT_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+GATED_ACTIVATIONS = EXPERT_ACTIVATIONS | {"gelu": "gelu"}
 FULL, SLIDING = "full_attention", "sliding_attention"
 _ROPE_KINDS = {kind: kind for kind in ("default", "linear", "llama3", "yarn")}
 
@@ -33,8 +29,8 @@ def read_sizes(fields: Fields, head_dim: int | None = None, kv_heads: int | None
         if hidden % heads:
             raise fields.error("hidden_size", hidden, f"a multiple of num_attention_heads={heads}")
         dim = hidden // heads
-    if dim % 8 or dim > 256:
-        raise fields.error("head_dim", dim, "a multiple of 8 up to 256")
+    if dim not in HEAD_DIMS:
+        raise fields.error("head_dim", dim, ", ".join(map(str, HEAD_DIMS)))
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupyinfer.model.families.common import FULL, GATED_ACTIVATIONS, SLIDING, read_rope, read_sizes, read_windows
+from cupyinfer.model.families.common import EXPERT_ACTIVATIONS, FULL, SLIDING, read_rope, read_sizes, read_windows
 from cupyinfer.model.fields import Fields
 
 
@@ -19,7 +19,7 @@ def read_mixtral(fields: Fields) -> dict[str, Any]:
         raise fields.error("num_experts_per_tok", chosen, f"1 to num_local_experts={experts}")
     return sizes | {
         "norm_eps": fields.number("rms_norm_eps", 1e-5),
-        "activation": fields.choice("hidden_act", GATED_ACTIVATIONS, "silu"),
+        "activation": fields.choice("hidden_act", EXPERT_ACTIVATIONS, "silu"),
         "windows": read_windows(fields, [FULL if window is None else SLIDING] * layers, window),
         "ropes": (read_rope(fields, sizes["head_dim"], 1_000_000.0),) * layers,
         "tie_embeddings": fields.flag("tie_word_embeddings", False),

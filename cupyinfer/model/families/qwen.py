@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupyinfer.model.families.common import FULL, GATED_ACTIVATIONS, SLIDING, read_rope, read_sizes, read_windows
+from cupyinfer.model.families.common import (
+    EXPERT_ACTIVATIONS,
+    FULL,
+    GATED_ACTIVATIONS,
+    SLIDING,
+    read_rope,
+    read_sizes,
+    read_windows,
+)
 from cupyinfer.model.fields import Fields
 
 
@@ -49,6 +57,7 @@ def read_qwen3_moe(fields: Fields) -> dict[str, Any]:
     return {
         **sizes,
         **_shared(fields, sizes),
+        "activation": fields.choice("hidden_act", EXPERT_ACTIVATIONS, "silu"),
         "qk_norm": True,
         "qkv_bias": bias,
         "out_bias": bias,
