@@ -1,15 +1,15 @@
-"""Turn CPython's standard library into the demo model's tokenizer and token arrays. CPU only, about two minutes.
+"""Turn CPython's standard library into the demo model's tokenizer and token arrays. CPU only, under a minute.
 
     python prepare.py [--stdlib DIR] [--out data]
 
 Writes into --out:
-    tokenizer.json, tokenizer_config.json   byte-level BPE, 4096 entries, lossless, loads in `tokenizers` and transformers
+    tokenizer.json, tokenizer_config.json   byte-level BPE, 4096 entries, lossless, read by transformers too
     train.npy, valid.npy                    uint16 token ids: `<|begin|> document <|end|>` again and again
     meta.json                               where each part of the arrays starts, sizes, versions, licence
 
-train.npy holds three parts, so that train.py can draw from them at different rates: `library` (the modules people import),
-`tests` (Lib/test and its like: as much text again, but monotonous), and `snippets` (the library's short top-level
-functions and classes once more, each as a document of its own, which teaches the model to stop when one is complete).
+train.npy holds three parts, so that train.py can draw from them at different rates: `library` (the modules that people
+import), `tests` (Lib/test and its like: twice as much text, but monotonous), and `snippets` (the library's short
+top-level functions and classes once more, each a document of its own: that teaches the model to stop after one).
 """
 
 import argparse
@@ -31,24 +31,23 @@ MAX_POSITIONS = 1024
 HELD_OUT_PERMILLE = 30
 SNIPPET_CHARS = (80, 2500)
 
-# What a token may not cross. Identifiers stay whole and digits come in threes at most. A newline and the indentation after
-# it are two pieces: a prompt that ends in "\n" or in "\n    " is then cut exactly as the training text was, and the model
-# can go on from either. Two or more spaces are one piece, so each depth of indentation is one token.
-PIECES = "|".join([r"\n+", r" {2,}", r"\t+", r" ?[\p{L}_]+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}_]+", r"\s"])
+# What a token may not cross. Identifiers stay whole and digits come in threes at most. A newline and the indentation
+# after it are two pieces: a prompt that ends in "\n" or in "\n    " is then cut exactly as the training text was, and
+# the model can go on from either. Two or more spaces are one piece, so that an indentation can be one token.
+PIECES = "|".join([r"\n+", r" {2,}", r"\t+", r" ?[\p{L}_]+", r" ?\p{N}{1,3}", r" ?[^\s\p{L}\p{N}_]+", r"\s"])
 
-# Tables, prose and deliberately broken files: they parse (or not), but nobody wants them completed.
-EXCLUDED_FOLDERS = {"site-packages", "__pycache__", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
-EXCLUDED_FILES = {"_sysconfigdata", "html/entities.py", "_pydecimal_data", "test_lib2to3"}
-KEPT_ENCODINGS = {"__init__.py", "idna.py", "punycode.py", "utf_8.py", "utf_8_sig.py", "base64_codec.py", "hex_codec.py"}
+# Tables, prose and deliberately broken files: they may parse, but nobody wants them completed.
+EXCLUDED_FOLDERS = {"site-packages", "__pycache__", "pydoc_data", "data"}
+EXCLUDED_FILES = {"html/entities.py"}
+KEPT_ENCODINGS = {"__init__.py", "idna.py", "punycode.py", "utf_8.py", "utf_8_sig.py", "base64_codec.py"}
 
 
 def is_wanted(path):
     """Whether the file at `path` (relative to the library) is source code that a person wrote and would read."""
     if path.parts[0] == "encodings":
         return path.name in KEPT_ENCODINGS
-    if EXCLUDED_FOLDERS & set(path.parts) or any(mark in path.as_posix() for mark in EXCLUDED_FILES):
-        return False
-    return not ({"data", "tokenizedata"} & set(path.parts[:-1]))
+    generated = path.as_posix() in EXCLUDED_FILES or path.name.startswith("_sysconfigdata")
+    return not generated and not EXCLUDED_FOLDERS & set(path.parts)
 
 
 def is_test(path):
@@ -79,9 +78,9 @@ def gather(stdlib):
     for file in sorted(stdlib.rglob("*.py")):
         path = file.relative_to(stdlib)
         text = read_source(file) if is_wanted(path) else None
-        if text is None or len(text) < 40 or hash(text) in seen:
+        if text is None or len(text) < 40 or text in seen:
             continue
-        seen.add(hash(text))
+        seen.add(text)
         documents.append((path, text))
     return documents
 
@@ -194,7 +193,8 @@ def main():
     for split in splits:
         for part, figures in meta[split].items():
             ratio = figures["bytes"] / max(figures["tokens"], 1)
-            print(f"{split:6}{part:9}{figures['documents']:6} documents {figures['tokens']:9} tokens {ratio:5.2f} bytes/token")
+            counts = f"{figures['documents']:6} documents {figures['tokens']:9} tokens"
+            print(f"{split:6}{part:9}{counts} {ratio:5.2f} bytes/token")
 
 
 if __name__ == "__main__":
