@@ -6,10 +6,7 @@ python figure.py
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot  # noqa: E402  (the back end is chosen first: no display is needed)
+from matplotlib import pyplot
 
 HERE = Path(__file__).parent
 OPEN, CLOSE = "<!-- results: written by figure.py -->", "<!-- end of results -->"
