@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from cupyinfer.types import Array
@@ -52,11 +53,13 @@ class StepInputs:
     def num_sequences(self) -> int:
         return self.context_lens.shape[0]
 
+    @cached_property
     def decodes(self) -> Decodes | None:
         """Views on the decode sequences, or None."""
         n = self.num_decodes
         return Decodes(self.block_tables[:n], self.context_lens[:n]) if n else None
 
+    @cached_property
     def prefills(self) -> Prefills | None:
         """Views on the other sequences, or None."""
         n = self.num_decodes
