@@ -1,0 +1,1 @@
+"""The ``cupyinfer`` command: one module for each subcommand (see ``main.COMMANDS``)."""

@@ -1,0 +1,78 @@
+"""Parses the command line, runs one subcommand, and turns every error into one line and an exit code.
+
+Exit codes: 0 done; 1 the machine failed (device, memory, a bug); 2 the input was wrong; 130 Ctrl-C; 141 the reader of
+our output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import cupyinfer
+from cupyinfer.errors import CupyinferError, DeviceError, OutOfMemoryError
+
+# A subcommand is a module with configure(parser), which sets parser's ``run`` default to run(args) -> exit code.
+# Only the module of the command at hand is imported: help and doctor work when nothing else does.
+COMMANDS = {
+    "generate": ("cupyinfer.cli.generate", "complete a prompt, or many"),
+    "chat": ("cupyinfer.cli.chat", "talk with a model"),
+    "doctor": ("cupyinfer.cli.doctor", "show what this machine has, what is missing and how to fix it"),
+}
+_EPILOG = """examples:
+  cupyinfer generate "def quicksort("                     the demo model that ships with the package
+  cupyinfer generate --model ./Llama-3.2-1B "Once upon"   a Hugging Face checkpoint (folder or hub id)
+  cupyinfer chat --model Qwen/Qwen3-0.6B
+  cupyinfer doctor
+
+`cupyinfer COMMAND --help` shows the options of one command. Documentation: README.md and docs/.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: sys.argv[1:]); returns the exit code."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else list(argv))
+        code = args.run(args)
+        sys.stdout.flush()  # a reader that went away shows here, not in the interpreter's shutdown
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("\ncupyinfer: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # the last line of defence: one line instead of a traceback
+        return _report(error)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="cupyinfer",
+        description="Run large language models on a GPU or a CPU, and see how it is done.",
+        epilog=_EPILOG,
+        formatter_class=formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cupyinfer {cupyinfer.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, text) in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=text, formatter_class=formatter)
+        if name == chosen:
+            importlib.import_module(module).configure(sub)
+    return parser.parse_args(argv)
+
+
+def _report(error: Exception) -> int:
+    if os.environ.get("CUPYINFER_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+    expected = isinstance(error, CupyinferError)
+    what = "error" if expected else f"internal error: {type(error).__name__}"
+    hint = "" if expected else " (CUPYINFER_DEBUG=1 shows the traceback)"
+    print(f"cupyinfer: {what}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+    return 1 if not expected or isinstance(error, (DeviceError, OutOfMemoryError)) else 2
