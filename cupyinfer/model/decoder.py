@@ -84,7 +84,7 @@ class Decoder:
         return normed
 
     def logits(self, hidden: Array, indices: Array, arena: Arena) -> Array:
-        """float32 [N, V]: output projection (and soft cap, if the model has one) of rows ``indices`` [N] of hidden [T, E]."""
+        """Logits [N, V] float32 of the rows ``indices`` [N] of ``hidden`` [T, E], soft-capped where the model asks."""
         rows = indices.shape[0]
         picked = arena.take("picked", (rows, hidden.shape[1]), hidden.dtype)
         gather_rows(hidden, indices, out=picked)
