@@ -96,7 +96,7 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def validate_for(self, vocab_size: int) -> None:
-        """Raise RequestError when a token id lies outside the vocabulary or more log-probabilities than tokens exist."""
+        """Raise RequestError for a token id outside the vocabulary, or more log-probabilities than there are tokens."""
         allowed = f"token ids from 0 to {vocab_size - 1} (the model's vocabulary)"
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias or ())):
             for token in ids:
