@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -10,10 +11,22 @@ import numpy as np
 from cupyinfer.contract import Arg, Op
 from cupyinfer.errors import ContractError
 from cupyinfer.runtime.arena import Arena
-from cupyinfer.types import Array
+from cupyinfer.runtime.kernels import KernelSource, cdiv, get, launch
+from cupyinfer.types import Array, dtype_of
 
-HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 256)
+HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)
+_MAX_ROWS = 16  # query heads that a decode block serves at once, as in common/paged_work.cuh
+_RESERVED_SHARED = 4096  # per block: what CUDA keeps for itself, and the kernels' static shared memory
 _QUERY_CHUNK = 128  # query tokens that the prefill reference scores at once: bounds its memory
+
+_HALF = {"DTYPE": ("fp16", "bf16"), "HEAD_DIM": HEAD_DIMS}
+DECODE_SOURCE = KernelSource("attention/paged_decode.cu", ("paged_decode",), _HALF)
+DECODE_F32_SOURCE = KernelSource("attention/paged_decode_f32.cu", ("paged_decode_f32",), {"HEAD_DIM": HEAD_DIMS})
+MERGE_SOURCE = KernelSource(
+    "attention/paged_decode_merge.cu", ("paged_decode_merge",), {"DTYPE": ("float", "fp16", "bf16")}
+)
+PREFILL_SOURCE = KernelSource("attention/paged_prefill.cu", ("paged_prefill",), _HALF)
+PREFILL_F32_SOURCE = KernelSource("attention/paged_prefill_f32.cu", ("paged_prefill_f32",), {"HEAD_DIM": HEAD_DIMS})
 
 
 # --- NumPy reference ------------------------------------------------------------------------------------------------
@@ -55,7 +68,7 @@ def _attend(q, keys, values, softcap, bias=None):
 def _decode_reference(q, kv_cache, block_tables, context_lens, out, scale, window, softcap, arena=None):
     B, H, D = q.shape
     K = kv_cache.shape[2]
-    _check_shapes("paged_decode", H, K, D, kv_cache.shape[3])
+    _check("paged_decode", H, K, D, kv_cache.shape[3], scale, window, softcap)
     scaled = (q.astype(np.float32, copy=False) * np.float32(scale)).reshape(B, K, H // K, D)
     for b, end in enumerate(context_lens.tolist()):
         if end == 0:
@@ -68,7 +81,7 @@ def _decode_reference(q, kv_cache, block_tables, context_lens, out, scale, windo
 def _prefill_reference(
     q, kv_cache, block_tables, query_start, context_lens, out, scale, max_query_len, window, softcap
 ):
-    _check_shapes("paged_prefill", q.shape[1], kv_cache.shape[2], q.shape[2], kv_cache.shape[3])
+    _check("paged_prefill", q.shape[1], kv_cache.shape[2], q.shape[2], kv_cache.shape[3], scale, window, softcap)
     starts = query_start.tolist()
     for b, end in enumerate(context_lens.tolist()):
         begin = end - (starts[b + 1] - starts[b])  # position of the first query token
@@ -103,7 +116,7 @@ def _prefill_chunk(q, out, kv_cache, table, position, scale, window, softcap):
 
 # --- CUDA launchers -------------------------------------------------------------------------------------------------
 @cache
-def _check_shapes(op: str, H: int, K: int, D: int, S: int) -> None:
+def _check(op: str, H: int, K: int, D: int, S: int, scale: float, window: int, softcap: float) -> None:
     """What the axis letters of the contracts cannot say. Raises ContractError."""
     if H % K:
         raise ContractError(f"{op}: {H} query heads are not a multiple of {K} key/value heads")
@@ -111,14 +124,96 @@ def _check_shapes(op: str, H: int, K: int, D: int, S: int) -> None:
         raise ContractError(f"{op}: head dim {D} is not allowed; allowed: {', '.join(map(str, HEAD_DIMS))}")
     if S & (S - 1) or not 8 <= S <= 128:
         raise ContractError(f"{op}: page size {S} is not allowed; allowed: a power of two, 8 to 128")
+    for name, value, allowed in (
+        ("scale", scale, scale > 0),
+        ("window", window, window >= 0),
+        ("softcap", softcap, softcap >= 0),
+    ):
+        if not allowed:
+            raise ContractError(f"{op}: {name}={value} is not allowed; allowed: {'> 0' if name == 'scale' else '>= 0'}")
 
 
-def _decode_launch(**_):
-    raise NotImplementedError
+@cache
+def _device_limits(index: int) -> tuple[int, int]:
+    """(number of SMs, bytes of shared memory per SM) of a GPU."""
+    import cupy
+
+    attributes = cupy.cuda.Device(index).attributes
+    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
 
 
-def _prefill_launch(**_):
-    raise NotImplementedError
+@dataclass(frozen=True)
+class DecodePlan:
+    """How paged decode runs: blocks in the grid, threads of one, ring buffers of a warp (16 bit), shared bytes."""
+
+    workers: int
+    threads: int
+    stages: int
+    shared: int
+
+
+@cache
+def decode_plan(D: int, itemsize: int, G: int, B: int, sms: int, shared_per_sm: int) -> DecodePlan:
+    """The grid and shared memory of paged decode; the sizes mirror the constants of the .cu files.
+
+    Two blocks per SM where they fit with at least two buffers each, and as many buffers (up to 4) as then fit.
+    Raises ContractError when not even one block fits.
+    """
+    rows, prefix = min(G, _MAX_ROWS), 4 * (B + 1)
+    choices: tuple[int, ...] = (4, 3, 2)
+    if itemsize == 2:
+        warps = 2 if D > 192 else 4
+        ring, fixed = warps * 64 * D, rows * (D + 8) * 4 + prefix
+    else:
+        warps = 4
+        ring, fixed, choices = 2 * (16 if D > 128 else 32) * (D + 4) * 4, rows * D * 4 + prefix, (2,)
+    for blocks in (2, 1):
+        for stages in choices:
+            shared = stages * ring + fixed
+            if blocks * (shared + _RESERVED_SHARED) <= shared_per_sm:
+                return DecodePlan(blocks * sms, 32 * warps, stages, shared)
+    raise ContractError(f"paged_decode: B={B} sequences do not fit the {shared_per_sm} bytes of shared memory of an SM")
+
+
+def _decode_launch(q, kv_cache, block_tables, context_lens, out, scale, window, softcap, arena):
+    B, H, D = q.shape
+    K, S = kv_cache.shape[2:4]
+    _check("paged_decode", H, K, D, S, scale, window, softcap)
+    if B == 0:
+        return
+    plan = decode_plan(D, q.itemsize, H // K, B, *_device_limits(q.device.id))
+    partial_out = arena.take("paged_decode_out", (2 * plan.workers * _MAX_ROWS, D), np.float32)
+    partial_lse = arena.take("paged_decode_lse", (2 * plan.workers * _MAX_ROWS,), np.float32)
+    prefix = arena.take("paged_decode_plan", (B + 1,), np.int32)
+    arrays = (q, kv_cache, block_tables, context_lens, out, partial_out, partial_lse, prefix)
+    sizes = [np.int32(n) for n in (B, H, K, block_tables.shape[1], S.bit_length() - 1, window)]
+    if q.itemsize == 2:
+        kernel = get(DECODE_SOURCE, "paged_decode", DTYPE=dtype_of(q).ctype, HEAD_DIM=D)
+        sizes.append(np.int32(plan.stages))
+    else:
+        kernel = get(DECODE_F32_SOURCE, "paged_decode_f32", HEAD_DIM=D)
+    args = (*arrays, *sizes, np.float32(scale), np.float32(softcap))
+    launch(kernel, (plan.workers,), (plan.threads,), args, shared=plan.shared)
+    merge = get(MERGE_SOURCE, "paged_decode_merge", DTYPE=dtype_of(q).ctype)
+    merge_sizes = [np.int32(n) for n in (B, H, K, D, plan.workers)]
+    launch(merge, (H, B), (cdiv(D, 32) * 32,), (partial_out, partial_lse, prefix, out, *merge_sizes))
+
+
+def _prefill_launch(q, kv_cache, block_tables, query_start, context_lens, out, scale, max_query_len, window, softcap):
+    H, D = q.shape[1:]
+    K, S = kv_cache.shape[2:4]
+    _check("paged_prefill", H, K, D, S, scale, window, softcap)
+    if q.itemsize == 2:
+        kernel = get(PREFILL_SOURCE, "paged_prefill", DTYPE=dtype_of(q).ctype, HEAD_DIM=D)
+        rows, buffers = (64, 2) if D > 128 else (128, 4)  # query rows, tiles of 64 keys or values
+        shared = (rows + buffers * 64) * D * 2
+    else:
+        kernel = get(PREFILL_F32_SOURCE, "paged_prefill_f32", HEAD_DIM=D)
+        rows, shared = 32, (32 + 32) * (D + 4) * 4
+    arrays = (q, kv_cache, block_tables, query_start, context_lens, out)
+    sizes = [np.int32(n) for n in (H, K, block_tables.shape[1], S.bit_length() - 1, window)]
+    grid = (cdiv(max_query_len * (H // K), rows), K, context_lens.shape[0])
+    launch(kernel, grid, (128,), (*arrays, *sizes, np.float32(scale), np.float32(softcap)), shared=shared)
 
 
 # --- contracts ------------------------------------------------------------------------------------------------------

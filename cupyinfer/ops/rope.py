@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
 
 from cupyinfer.contract import Arg, Op
 from cupyinfer.errors import ContractError
-from cupyinfer.types import Array
+from cupyinfer.runtime.kernels import NULL, KernelSource, cdiv, get, launch
+from cupyinfer.types import Array, dtype_of
+
+_THREADS = 128  # of a block, as in rope_append.cu
+SOURCE = KernelSource(
+    "rope/rope_append.cu",
+    ("rope_append",),
+    {"DTYPE": ("float", "fp16", "bf16"), "VEC": (1, 2, 4, 8)},
+    only=lambda macros: macros["VEC"] <= (4 if macros["DTYPE"] == "float" else 8),
+)
 
 
 # --- NumPy reference ------------------------------------------------------------------------------------------------
@@ -70,8 +80,31 @@ def _check_shapes(qkv_shape: tuple[int, ...], H: int, K: int, S: int, rotary: in
         raise ContractError(f"rope_append: page size {S} is not allowed; allowed: a power of two, 8 to 128")
 
 
-def _rope_append_launch(**_):
-    raise NotImplementedError
+@cache
+def _vector(D: int, rotary: int, itemsize: int) -> int:
+    """Values per memory access: as many as 16 bytes hold that divide D and half the rotary dims."""
+    return math.gcd(16 // itemsize, D, rotary // 2)
+
+
+def _rope_append_launch(
+    qkv, positions, slot_mapping, kv_cache, q_out, norm_eps, norm_offset, rope_table=None, q_norm=None, k_norm=None
+):
+    tokens, heads, D = qkv.shape
+    H, K, S = q_out.shape[1], kv_cache.shape[2], kv_cache.shape[3]
+    rotary = 0 if rope_table is None else rope_table.shape[1]
+    _check_shapes(qkv.shape, H, K, S, None if rope_table is None else rotary)
+    vector = _vector(D, rotary, qkv.itemsize)
+    pairs = cdiv(D // vector, 2)
+    lanes = min(32, 1 << (pairs - 1).bit_length())
+    arrays = (qkv, positions, slot_mapping, rope_table, q_norm, k_norm, q_out, kv_cache)
+    args = (
+        *(NULL if a is None else a for a in arrays),
+        *(np.int32(n) for n in (tokens, H, K, D, rotary, S.bit_length() - 1, lanes)),
+        np.float32(norm_eps),
+        np.float32(norm_offset),
+    )
+    kernel = get(SOURCE, "rope_append", DTYPE=dtype_of(qkv).ctype, VEC=vector)
+    launch(kernel, (cdiv(tokens * heads, _THREADS // lanes),), (_THREADS,), args)
 
 
 # --- contract -------------------------------------------------------------------------------------------------------
