@@ -21,6 +21,7 @@ from cupyinfer.errors import CupyinferError, DeviceError, OutOfMemoryError
 COMMANDS = {
     "generate": ("cupyinfer.cli.generate", "complete a prompt, or many"),
     "chat": ("cupyinfer.cli.chat", "talk with a model"),
+    "bench": ("cupyinfer.cli.bench", "measure decode, prefill and an offline workload against the machine's ceilings"),
     "doctor": ("cupyinfer.cli.doctor", "show what this machine has, what is missing and how to fix it"),
 }
 _EPILOG = """examples:
