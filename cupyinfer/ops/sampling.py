@@ -58,10 +58,12 @@ def _top_k_threshold(x: np.ndarray, k: int) -> np.float32:
 
 def _top_p_threshold(x: np.ndarray, p: np.float32) -> np.float32:
     """The largest t such that softmax(x) puts at least p on the values >= t; -inf when top-p is off."""
-    if p >= 1:
+    if not p < 1:
         return np.float32(-np.inf)
     order = np.sort(x)[::-1]
-    mass = np.cumsum((np.exp(order - order[0]) * _MASS).astype(np.uint64))
+    with np.errstate(invalid="ignore"):
+        weights = np.where(order == order[0], np.float32(1), np.exp(order - order[0]))  # inf - inf is NaN
+    mass = np.cumsum((weights * _MASS).astype(np.uint64))
     target = max(1.0, np.ceil(np.float64(p) * np.float64(mass[-1])))
     reached = np.searchsorted(mass, np.uint64(target))
     return order[min(reached, len(order) - 1)]
@@ -71,7 +73,7 @@ def _threshold(x: np.ndarray, k: int, p: np.float32, m: np.float32) -> np.float3
     """The smallest scaled logit that top-k, then top-p, then min-p keep: all three keep whole levels of value."""
     threshold = _top_k_threshold(x, k)
     threshold = max(threshold, _top_p_threshold(x[x >= threshold], p))
-    return max(threshold, x.max() + np.log(m)) if m > 0 else threshold
+    return max(threshold, x.max() + np.log(min(m, np.float32(1)))) if m > 0 else threshold
 
 
 def _sample_filtered_reference(logits, temperature, top_k, top_p, min_p, seeds, steps, tokens, arena):
