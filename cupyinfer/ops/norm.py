@@ -13,7 +13,7 @@ SOURCE = KernelSource("norm/rms_norm.cu", ("rms_norm", "add_rms_norm"), {"DTYPE"
 LAYER_SOURCE = KernelSource(
     "norm/layer_norm.cu", ("layer_norm", "add_layer_norm"), {"DTYPE": ("float", "fp16", "bf16")}
 )
-_CHUNKS = 8  # as in rms_norm.cu and layer_norm.cu
+_CHUNKS, _MAX_THREADS = 8, 512  # as in rms_norm.cu and layer_norm.cu
 
 
 # --- NumPy references -----------------------------------------------------------------------------------------------
@@ -53,16 +53,16 @@ def _add_layer_norm_reference(x, residual, weight, bias, out, eps):
 def _block(x: Array) -> int:
     """Threads for a row: one 16-byte chunk each where the row is short, 8 chunks at most.
 
-    Raises ContractError when a row is not a whole number of chunks or longer than 1024 threads can keep in registers.
+    Raises ContractError when a row is not a whole number of chunks or longer than 512 threads can keep in registers.
     """
     chunks, rest = divmod(x.shape[1] * x.itemsize, 16)
-    if rest or chunks > 1024 * _CHUNKS:
+    if rest or chunks > _MAX_THREADS * _CHUNKS:
         N = 16 // x.itemsize
         raise ContractError(
             f"norm: a row of E={x.shape[1]} {x.dtype} values is not allowed; "
-            f"allowed: a multiple of {N} up to {1024 * _CHUNKS * N}"
+            f"allowed: a multiple of {N} up to {_MAX_THREADS * _CHUNKS * N}"
         )
-    return int(min(1024, max(32, -(-chunks // 32) * 32)))
+    return int(min(_MAX_THREADS, max(32, -(-chunks // 32) * 32)))
 
 
 def _rms_norm_launch(x, weight, out, eps, offset):

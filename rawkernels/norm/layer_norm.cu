@@ -13,6 +13,7 @@
 typedef DTYPE T;
 constexpr int N = Width<T>::value;
 constexpr int CHUNKS = 8;  // chunks a thread can keep in registers: rows up to blockDim.x * CHUNKS * N values
+constexpr int MAX_THREADS = 512;  // 64 values a thread and the addresses need up to 128 registers
 
 template <bool ADD>
 __device__ __forceinline__ float load_row(const T* __restrict__ x, T* __restrict__ residual, int E,
@@ -71,12 +72,13 @@ __device__ __forceinline__ void norm_row(const T* __restrict__ x, T* __restrict_
     }
 }
 
-extern "C" __global__ void layer_norm(const T* x, const T* weight, const T* bias, T* out, int E, float eps) {
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+    layer_norm(const T* x, const T* weight, const T* bias, T* out, int E, float eps) {
     norm_row<false>(x, nullptr, weight, bias, out, E, eps);
 }
 
 // residual += x, then out = norm(residual)
-extern "C" __global__ void add_layer_norm(const T* x, T* residual, const T* weight, const T* bias, T* out, int E,
-                                          float eps) {
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+    add_layer_norm(const T* x, T* residual, const T* weight, const T* bias, T* out, int E, float eps) {
     norm_row<true>(x, residual, weight, bias, out, E, eps);
 }

@@ -13,6 +13,7 @@
 typedef DTYPE T;
 constexpr int N = Width<T>::value;
 constexpr int CHUNKS = 8;  // chunks a thread can keep in registers: rows up to blockDim.x * CHUNKS * N values
+constexpr int MAX_THREADS = 512;  // 64 values a thread and the addresses need up to 128 registers
 
 template <bool ADD>
 __device__ __forceinline__ void norm_row(const T* __restrict__ x, T* __restrict__ residual, const T* __restrict__ weight,
@@ -51,12 +52,13 @@ __device__ __forceinline__ void norm_row(const T* __restrict__ x, T* __restrict_
     }
 }
 
-extern "C" __global__ void rms_norm(const T* x, const T* weight, T* out, int E, float eps, float offset) {
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+    rms_norm(const T* x, const T* weight, T* out, int E, float eps, float offset) {
     norm_row<false>(x, nullptr, weight, out, E, eps, offset);
 }
 
 // residual += x, then out = norm(residual)
-extern "C" __global__ void add_rms_norm(const T* x, T* residual, const T* weight, T* out, int E, float eps,
-                                        float offset) {
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+    add_rms_norm(const T* x, T* residual, const T* weight, T* out, int E, float eps, float offset) {
     norm_row<true>(x, residual, weight, out, E, eps, offset);
 }
