@@ -22,6 +22,8 @@ class Arena:
         self._buffers: dict[str, Array] = {}
         self._views: dict[tuple, Array] = {}
         self._frozen = False
+        self._retaining = False
+        self._retired: list[Array] = []
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """An uninitialised C-contiguous array [shape] of dtype, valid until ``name`` is taken again.
@@ -43,6 +45,8 @@ class Arena:
         return view
 
     def _grow(self, name: str, size: int) -> Array:
+        if self._retaining and name in self._buffers:
+            self._retired.append(self._buffers[name])
         if self._frozen:
             raise DeviceError(f"scratch buffer {name} would have to grow to {size} bytes after graphs were captured")
         self._views = {k: v for k, v in self._views.items() if k[0] != name}
@@ -53,6 +57,10 @@ class Arena:
         """Forbid growing from now on."""
         self._frozen = True
 
+    def retain(self) -> None:
+        """Keep every buffer alive from now on: a graph captured with one goes on using it after the arena grew."""
+        self._retaining = True
+
     @property
     def nbytes(self) -> int:
-        return sum(b.nbytes for b in self._buffers.values())
+        return sum(b.nbytes for b in (*self._buffers.values(), *self._retired))

@@ -1,8 +1,8 @@
 """Memory of the KV pages: what both pools share, and the one for the CPU.
 
 The slab holds ``num_pages`` pages. A page has a number and a piece in every layer; layer ``l`` is the array
-``kv_caches[l]`` of shape [P, 2, K, S, D] (page, key or value, kv head, token in the page, dim). Pages are handed out by a
-:class:`~cupyinfer.runtime.ledger.BlockLedger`. The GPU's pool is :class:`cupyinfer.runtime.kv_pool_cuda.KVBlockPool`
+``kv_caches[l]`` of shape [P, 2, K, S, D] (page, key or value, kv head, token in the page, dim). Pages are handed out by
+a :class:`~cupyinfer.runtime.ledger.BlockLedger`. The GPU's pool is :class:`cupyinfer.runtime.kv_pool_cuda.KVBlockPool`
 (its class statement needs CuPy); :func:`make_pool` picks.
 
 >>> pool = CpuBlockPool(num_pages=4, layout=PageLayout(num_layers=2, kv_heads=1, block_size=16, head_dim=8))
