@@ -10,6 +10,7 @@ from cupyinfer.model.architecture import ModelConfig
 from cupyinfer.model.checkpoint import Progress, allocate
 from cupyinfer.model.weights import Weights, is_norm, parameter_shapes
 from cupyinfer.runtime.device import Device
+from cupyinfer.runtime.tensor import Tensor
 from cupyinfer.types import Array, DType
 
 _STD = 0.02  # the usual initializer_range of these families
@@ -29,15 +30,19 @@ def dummy_weights(
     done = 0
     for name, array in weights.items():
         if is_norm(name):
-            array[...] = 1.0 - config.norm_offset
+            _fill(array, 1.0 - config.norm_offset)
         elif name.endswith("_bias"):
-            array[...] = 0.0
+            _fill(array, 0.0)
         else:
             _fill_normal(rng, array)
         done += array.nbytes
         if progress:
             progress(done, total)
     return weights
+
+
+def _fill(array: Array, value: float) -> None:
+    Tensor(array).copy_from(Tensor(np.full(array.shape, value, array.dtype)))
 
 
 def _fill_normal(rng: Any, array: Array) -> None:

@@ -24,7 +24,7 @@ _HARMLESS_NAMES = """
     gradient_checkpointing max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_return_sequences
     encoder_no_repeat_ngram_size bad_words_ids remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens return_dict_in_generate output_scores
+    suppress_tokens begin_suppress_tokens return_dict_in_generate output_scores neftune_noise_alpha
 """
 _HARMLESS = frozenset(_HARMLESS_NAMES.split())
 _HARMLESS_PATTERN = re.compile(r"_.*|unsloth.*")  # private keys and a fine-tuning tool's marks

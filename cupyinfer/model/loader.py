@@ -44,6 +44,10 @@ def load_model(
         raise invalid("load_format", load_format, f"auto or dummy with model={str(path_or_id)!r}")
     directory = None if preset else find_model(path_or_id)
     config = dummy_config(str(path_or_id)) if directory is None else read_config(directory)
+    if device.is_cuda and config.hidden_size % 8:
+        raise invalid(
+            "hidden_size", config.hidden_size, "a multiple of 8 on a GPU, whose kernels read 16 bytes at once"
+        )
     if directory is None or load_format == "dummy":
         kind = resolve_dtype(config, device, dtype)
         weights = dummy_weights(config, device, kind, seed, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -143,6 +144,21 @@ def test_chunks_give_the_same(monkeypatch):
     monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 4 * 1000)
     got = load(GOLDEN / "gpt2", "bfloat16")
     assert all(np.array_equal(got[name], want[name]) for name in want)
+
+
+def test_host_memory_stays_small(tmp_path, monkeypatch):
+    """Beyond the parameters themselves a load holds a staging buffer, not a shard."""
+    fields = json.loads((GOLDEN / "gemma2" / "config.json").read_text()) | {"vocab_size": 100_000}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    tensors = load_file(GOLDEN / "gemma2" / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = np.zeros((100_000, 48), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1 << 20)
+    tracemalloc.start()
+    weights = load(tmp_path, "bfloat16")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < sum(array.nbytes for array in weights.values()) + (3 << 20)
 
 
 def test_progress_counts_bytes():

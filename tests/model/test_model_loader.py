@@ -101,6 +101,12 @@ def test_formats_are_checked():
         load_model("dummy:nothing", CPU)
 
 
+def test_rows_must_be_whole_16_bytes_on_a_gpu(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"hidden_size": 36, "head_dim": 32}))
+    with pytest.raises(ConfigError, match="hidden_size=36.*multiple of 8"):
+        load_model(tmp_path, GPU, load_format="dummy")
+
+
 def test_out_of_memory_names_the_need():
     class Full:
         @staticmethod

@@ -55,7 +55,7 @@ def read_gemma3(fields: Fields) -> dict[str, Any]:
 def _shared(fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
     bias = fields.flag("attention_bias", False)
     fields.must_be("use_bidirectional_attention", False)
-    fields.skip("hidden_act")  # older files carry it beside hidden_activation, which counts
+    fields.skip("hidden_act", "sliding_window_size")  # older files carry them beside the fields that count
     return {
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "norm_offset": 1.0,
