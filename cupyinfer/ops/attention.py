@@ -162,7 +162,7 @@ def decode_plan(D: int, itemsize: int, G: int, B: int, sms: int, shared_per_sm: 
     rows, prefix = min(G, _MAX_ROWS), 4 * (B + 1)
     choices: tuple[int, ...] = (4, 3, 2)
     if itemsize == 2:
-        warps = 2 if D > 192 else 4
+        warps = 2 if D > 160 else 4
         ring, fixed = warps * 64 * D, rows * (D + 8) * 4 + prefix
     else:
         warps = 4
@@ -277,6 +277,8 @@ _DECODE_SIZES = _sizes(
     ("lens", "H", "K", "D", "S", "window", "softcap"),
     ((37, 5), 4, 2, 64, 16, 20, 30.0),
     ((1,), 1, 1, 32, 8, 0, 0.0),
+    ((9, 40), 4, 2, 16, 8, 0, 0.0),
+    ((200, 70), 20, 1, 64, 16, 0, 0.0),
     (_MIXED, 32, 8, 128, 16, 0, 0.0),
     (_MIXED, 8, 4, 256, 32, 64, 50.0),
     (_MIXED, 3, 1, 80, 16, 0, 0.0),
@@ -292,6 +294,7 @@ _PREFILL_SIZES = _sizes(
     ("lens", "queries", "H", "K", "D", "S", "window", "softcap"),
     ((37, 5), (37, 2), 4, 2, 64, 16, 20, 30.0),
     ((1,), (1,), 1, 1, 32, 8, 0, 0.0),
+    ((90, 40), (70, 40), 4, 2, 16, 8, 0, 0.0),
     (_MIXED, _MIXED, 32, 8, 128, 16, 0, 0.0),
     (_MIXED, (0, 1, 4, 16, 1, 129), 16, 8, 128, 16, 0, 0.0),
     (_MIXED, (0, 1, 15, 7, 17, 300), 8, 4, 256, 32, 64, 50.0),

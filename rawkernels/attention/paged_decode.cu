@@ -1,14 +1,14 @@
 // Paged decode attention for 16-bit caches: one query token a sequence, on tensor cores.
 //
-// Idea: decode reads every key and value once and does little with it, so the kernel is a copy pipeline with arithmetic
-// hung onto it. The query heads that share a key/value head are the rows of one 16-row tile, so K and V are read once for
-// all of them; unused rows are zero (tensor throughput is plentiful here). A fixed grid divides all tiles of all sequences
-// evenly, see common/paged_work.cuh.
-// A block's tile is 16 positions for each of its warps. A warp is on its own: it copies its 16 keys and values into its
-// own ring of `stages` buffers (cp.async, stages - 1 tiles ahead, page ids one further tile ahead), computes
-// S = Q K^T, the online softmax and O += P V in registers, and meets the other warps only at the end of a unit, where the
-// (O, max, sum) of all warps are combined and written: to `out` when the block saw the whole unit, else as a partial
-// result for paged_decode_merge.
+// Idea: decode reads every key and value once and does little with it, so the kernel is a copy pipeline with
+// arithmetic hung onto it. The query heads that share a key/value head are the rows of one 16-row tile, so K and V
+// are read once for all of them; unused rows are zero (tensor throughput is plentiful here). A fixed grid divides
+// all tiles of all sequences evenly, see common/paged_work.cuh.
+// A block's tile is 16 positions for each of its warps. A warp is on its own: it copies its 16 keys and values into
+// its own ring of `stages` buffers (cp.async, stages - 1 tiles ahead, page ids one further tile ahead), computes S =
+// Q K^T, the online softmax and O += P V in registers, and meets the other warps only at the end of a unit, where
+// the (O, max, sum) of all warps are combined and written: to `out` when the block saw the whole unit, else as a
+// partial result for paged_decode_merge.
 // Bound: memory. 2 blocks per SM with 16*D*4 bytes * (stages - 1) * WARPS each in flight: 128 KB per SM at D = 128.
 //
 // Macros: DTYPE (fp16, bf16), HEAD_DIM (a multiple of 16 up to 256).
@@ -20,7 +20,7 @@
 
 typedef DTYPE T;
 constexpr int D = HEAD_DIM;
-constexpr int WARPS = D > 192 ? 2 : 4;         // as in attention.py
+constexpr int WARPS = D > 160 ? 2 : 4;         // as in attention.py
 constexpr int KEYS = 16;                       // positions of a warp's tile
 constexpr int TILE = KEYS * WARPS;             // positions of a block's tile
 constexpr int CHUNKS = D / 8;                  // 16-byte chunks of a row
@@ -173,8 +173,8 @@ struct Combine {
     }
 };
 
-// Adds up the warps' states, in the order of the warps so that results repeat exactly. combine.o ends up holding the sum
-// of exp2(score - row_max) * V. All threads call; ends with a barrier.
+// Adds up the warps' states, in the order of the warps so that results repeat exactly. combine.o ends up holding the
+// sum of exp2(score - row_max) * V. All threads call; ends with a barrier.
 __device__ __forceinline__ void combine_warps(State& state, Combine& combine, int rows) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll

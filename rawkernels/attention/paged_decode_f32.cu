@@ -3,9 +3,10 @@
 //
 // Idea: a block copies a tile of TILE keys and values to shared memory (cp.async, two buffers, so that the next tile
 // arrives while this one is used) and serves all query heads of the group from it.
-// Scores: thread t computes the dot product of query row i / TILE and key i % TILE for i = t, t + THREADS, ...; neighbours
-// read neighbouring keys, whose rows are padded by 4 floats so that they fall into different banks. Softmax: warp w
-// updates rows w, w + WARPS, ... (lane = key). Output: thread t owns the elements t, t + THREADS, ... of O [rows, D].
+// Scores: thread t computes the dot product of query row i / TILE and key i % TILE for i = t, t + THREADS, ...;
+// neighbours read neighbouring keys, whose rows are padded by 4 floats so that they fall into different banks.
+// Softmax: warp w updates rows w, w + WARPS, ... (lane = key). Output: thread t owns the elements t, t + THREADS,
+// ... of O [rows, D].
 // Bound: memory for few query heads per group; shared-memory bandwidth for many.
 //
 // Macros: HEAD_DIM (a multiple of 16 up to 256).

@@ -14,9 +14,9 @@
 
 typedef DTYPE T;
 
-extern "C" __global__ void paged_decode_merge(const float* __restrict__ partial_out, const float* __restrict__ partial_lse,
-                                              const int* __restrict__ plan, T* __restrict__ out, int B, int H, int K,
-                                              int D, int workers) {
+extern "C" __global__ void
+paged_decode_merge(const float* __restrict__ partial_out, const float* __restrict__ partial_lse,
+                   const int* __restrict__ plan, T* __restrict__ out, int B, int H, int K, int D, int workers) {
     const int h = blockIdx.x, b = blockIdx.y, d = threadIdx.x;
     const Grouping grouping(H, K);
     const int group = grouping.group_of(h), row = grouping.row_of(h);

@@ -1,14 +1,16 @@
 // Paged prefill attention for 16-bit caches: causal FlashAttention-2 over pages, on tensor cores.
 //
-// Idea: a block holds a tile of query rows, walks over the keys and values that they see, 64 at a time, and keeps the
-// running maximum, sum and output of every row in registers, so no score ever reaches memory. The query heads that share
-// a key/value head are rows of the same tile (row = token * G + head in group): a tile then spans few tokens, which keeps
-// short chunks efficient and wastes little at the causal edge.
-// Warp w owns rows 16*TILES*w .. of the tile through everything: S = Q K^T, softmax, O += P V, and its rows of shared Q;
-// two 16-row tiles per warp (D <= 128) use every K and V fragment twice, which shared-memory bandwidth needs.
-// All threads copy: the rows of the cache that hold the keys of a tile are looked up two tiles ahead and kept in shared
-// memory (`rows`); K and V travel as separate cp.async groups. With two buffers (D <= 128) K and V of the next tile are in
-// flight during the whole current one; with one, V arrives behind S = Q K^T and the next K behind O += P V.
+// Idea: a block holds a tile of query rows, walks over the keys and values that they see, 64 at a time, and keeps
+// the running maximum, sum and output of every row in registers, so no score ever reaches memory. The query heads
+// that share a key/value head are rows of the same tile (row = token * G + head in group): a tile then spans few
+// tokens, which keeps short chunks efficient and wastes little at the causal edge.
+// Warp w owns rows 16*TILES*w .. of the tile through everything: S = Q K^T, softmax, O += P V, and its rows of
+// shared Q; two 16-row tiles per warp (D <= 128) use every K and V fragment twice, which shared-memory bandwidth
+// needs.
+// All threads copy: the rows of the cache that hold the keys of a tile are looked up two tiles ahead and kept in
+// shared memory (`rows`); K and V travel as separate cp.async groups. With two buffers (D <= 128) K and V of the
+// next tile are in flight during the whole current one; with one, V arrives during S = Q K^T and the next K during
+// O += P V.
 // Tiles of keys that no row of a warp sees are skipped, masks are applied only at the edges, and the longest row tiles
 // of a sequence start first.
 // Bound: mma.sync throughput, then the exp2 and scaling between the two products.
@@ -250,7 +252,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             state.sum[t][half] = 0.0f;
         }
 #pragma unroll
-        for (int n = 0; n < D / 8; ++n) state.o[t][n][0] = state.o[t][n][1] = state.o[t][n][2] = state.o[t][n][3] = 0.0f;
+        for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) state.o[t][n][e] = 0.0f;
+        }
     }
 
     const auto find = [&](int tile) {

@@ -1,10 +1,12 @@
-// Paged prefill attention for float32 caches, on the ordinary cores: the algorithm of paged_prefill.cu without its tricks.
+// Paged prefill attention for float32 caches, on the ordinary cores: the algorithm of paged_prefill.cu without its
+// tricks.
 //
-// Idea: a block holds ROWS query rows (row = token * G + head in group, so the heads that share K and V are together) and
-// walks over the keys they see, KEYS at a time. One shared buffer holds the keys, then the values of a tile.
-// Thread (y, x) of 8 x 16 owns rows 4y..4y+3: their scores against keys x and x + 16, and the output columns 4x.. of every
-// 64. A row's softmax is thus a shuffle among 16 lanes; only the probabilities pass through shared memory. Rows are padded
-// by 4 floats so that 16 threads reading 16 rows hit different banks.
+// Idea: a block holds ROWS query rows (row = token * G + head in group, so the heads that share K and V are
+// together) and walks over the keys they see, KEYS at a time. One shared buffer holds the keys, then the values of a
+// tile.
+// Thread (y, x) of 8 x 16 owns rows 4y..4y+3: their scores against keys x and x + 16, and the output columns 4x.. of
+// every 64. A row's softmax is thus a shuffle among 16 lanes; only the probabilities pass through shared memory.
+// Rows are padded by 4 floats so that 16 threads reading 16 rows hit different banks.
 // Bound: FP32 arithmetic, 4 FMA per pair of shared loads.
 //
 // Macros: HEAD_DIM (a multiple of 16 up to 256).
@@ -38,7 +40,8 @@ template <typename Op> __device__ __forceinline__ float half_warp_reduce(float x
 }
 
 // Copies the keys (offset 0) or values of positions first_key.. to shared memory; zeros outside [first, end).
-__device__ __forceinline__ void load_tile(const Cache& cache, i64 offset, int first_key, int first, int end, float* to) {
+__device__ __forceinline__ void load_tile(const Cache& cache, i64 offset, int first_key, int first, int end,
+                                          float* to) {
     for (int i = threadIdx.x; i < KEYS * (D / 4); i += THREADS) {
         const int r = i / (D / 4), column = i % (D / 4) * 4, position = first_key + r;
         float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -87,8 +90,9 @@ __device__ __forceinline__ void score(const float* queries, const float* keys, f
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     paged_prefill_f32(const float* __restrict__ q, const float* __restrict__ kv_cache, const int* __restrict__ tables,
-                      const int* __restrict__ query_start, const int* __restrict__ context_lens, float* __restrict__ out,
-                      int H, int K, int M, int log2_S, int window, float scale, float softcap) {
+                      const int* __restrict__ query_start, const int* __restrict__ context_lens,
+                      float* __restrict__ out, int H, int K, int M, int log2_S, int window, float scale,
+                      float softcap) {
     extern __shared__ __align__(16) u8 shared[];  // queries [ROWS, STRIDE], keys or values [KEYS, STRIDE]
     __shared__ float p[ROWS][KEYS + 1];
     float* queries = reinterpret_cast<float*>(shared);

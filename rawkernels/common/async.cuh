@@ -1,5 +1,5 @@
-// Asynchronous copies from global to shared memory (cp.async, sm_80 and later): a thread starts many 16-byte copies, goes
-// on computing, and waits later. That keeps tens of KB in flight per SM with few threads and no registers.
+// Asynchronous copies from global to shared memory (cp.async, sm_80 and later): a thread starts many 16-byte copies,
+// goes on computing, and waits later. That keeps tens of KB in flight per SM with few threads and no registers.
 //
 // Copies are counted in groups, per thread: start_copy... commit_copies() closes a group, wait_copies<N>() returns when
 // all but the N youngest groups of this thread have landed. Other threads' copies need a barrier after the wait.

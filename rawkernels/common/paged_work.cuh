@@ -1,11 +1,12 @@
 // How paged decode divides its work over a fixed grid, whatever the context lengths are.
 //
-// The visible positions of a sequence are cut into tiles of TILE positions. A unit is one sequence and one group of query
-// heads that share a key/value head; all its tiles belong to one output. The tiles of all units are numbered in one row,
-// unit after unit, sequence after sequence; with `total` tiles, block i computes tiles [i * share, (i + 1) * share),
-// share = ceil(total / blocks). Every block gets the same amount of work, long and short contexts mixed; a unit that is
-// cut by a block boundary leaves one partial result per block, which the merge kernel combines. Everything is derived
-// from the context lengths on the device, so the launch can be replayed from a graph with other lengths.
+// The visible positions of a sequence are cut into tiles of TILE positions. A unit is one sequence and one group of
+// query heads that share a key/value head; all its tiles belong to one output. The tiles of all units are numbered
+// in one row, unit after unit, sequence after sequence; with `total` tiles, block i computes tiles [i * share,
+// (i + 1) * share), share = ceil(total / blocks). Every block gets the same amount of work, long and short contexts
+// mixed; a unit that is cut by a block boundary leaves one partial result per block, which the merge kernel
+// combines. Everything is derived from the context lengths on the device, so the launch can be replayed from a graph
+// with other lengths.
 //
 // A block has at most two partial units: one that an earlier block began (slot 0) and one that it begins and does not
 // finish (slot 1). Partial results have a fixed stride of MAX_ROWS rows.

@@ -1,11 +1,12 @@
 // QK norm + rotary embedding + append to the paged KV cache, in one pass over the fused QKV row.
 //
-// Idea: q, k and v of a token leave the QKV projection as one row. Normalising, rotating and scattering them separately
-// would read and write each head three times; here every head is read once and written once, to where it is needed next:
+// Idea: q, k and v of a token leave the QKV projection as one row. Normalising, rotating and scattering them
+// separately would read and write each head three times; here every head is read once and written once, to where it
+// is needed next:
 // q to q_out, k and v to their slot of the cache.
-// A group of `lanes` threads (a power of two, 1 to 32) handles one head of one token. Its item i is the pair of VEC-wide
-// chunks (i, i + Dr/2/VEC) that the rotation mixes, so both halves of a pair sit in one thread; dims beyond Dr pass
-// through as plain pairs of neighbouring chunks. The sum of squares for the norm is a shuffle within the group.
+// A group of `lanes` threads (a power of two, 1 to 32) handles one head of one token. Its item i is the pair of VEC-
+// wide chunks (i, i + Dr/2/VEC) that the rotation mixes, so both halves of a pair sit in one thread; dims beyond Dr
+// pass through as plain pairs of neighbouring chunks. The sum of squares for the norm is a shuffle within the group.
 // Bound: memory, 2 * (H + 2K) * D * sizeof(T) bytes a token; at T = 1 by the latency of one load and one store.
 //
 // Macros: DTYPE (float, fp16, bf16), VEC (values per access; divides D and Dr/2, at most 16 bytes).
