@@ -6,13 +6,13 @@ from functools import partial
 
 from cupyinfer.config import EngineConfig, step_limits
 from cupyinfer.engine.engine import LLMEngine
-from cupyinfer.engine.memory_plan import plan_memory
+from cupyinfer.engine.memory_plan import make_pool, plan_memory
 from cupyinfer.engine.runner import Model, Progress, Runner
 from cupyinfer.model.architecture import ModelConfig
 from cupyinfer.model.loader import load_model
 from cupyinfer.runtime.arena import Arena
 from cupyinfer.runtime.device import Device, choose_device
-from cupyinfer.runtime.kv_pool import PageLayout, make_pool
+from cupyinfer.runtime.kv_pool import PageLayout
 
 
 def load_engine(config: EngineConfig, progress: Progress | None = None) -> tuple[LLMEngine, ModelConfig]:

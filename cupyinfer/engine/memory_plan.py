@@ -1,4 +1,4 @@
-"""How many KV pages fit: on a GPU by running the largest steps once and looking at what is left."""
+"""How many KV pages fit: on a GPU by running the largest steps once and looking at what is left; and their pool."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cupyinfer.ops.logits import MAX_TOP
 from cupyinfer.ops.sampling import sample_filtered
 from cupyinfer.runtime.arena import Arena
 from cupyinfer.runtime.device import Device
-from cupyinfer.runtime.kv_pool import PageLayout
+from cupyinfer.runtime.kv_pool import CpuBlockPool, PageLayout, PagePool
 from cupyinfer.types import dtype_of
 
 _GRAPH_NODE_BYTES = 16 << 10  # device memory that a captured kernel may take, generously
@@ -103,3 +103,12 @@ def _sample_every_way(runner: Runner) -> None:
     all_rows = runner.plan.logits_rows
     wide = arena.take("logits", (all_rows, vocab), np.float32)
     runner.score("prompt", wide, xp.zeros(all_rows, np.int32), min(MAX_TOP, vocab))
+
+
+def make_pool(device: Device, num_pages: int, layout: PageLayout) -> PagePool:
+    """The pool of the device: KVBlockPool on a GPU, CpuBlockPool otherwise. Raises OutOfMemoryError."""
+    if not device.is_cuda:
+        return CpuBlockPool(num_pages, layout)
+    from cupyinfer.runtime.kv_pool_cuda import KVBlockPool  # needs CuPy
+
+    return KVBlockPool(num_pages, layout)

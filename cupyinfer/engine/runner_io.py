@@ -18,12 +18,11 @@ from cupyinfer.engine.batch import Batch
 from cupyinfer.engine.sampling import Sampling
 from cupyinfer.model.inputs import StepInputs
 from cupyinfer.runtime.device import Device
-from cupyinfer.runtime.memory import download, pinned_empty, upload
+from cupyinfer.runtime.memory import download, pinned_empty, upload, upload_columns
 from cupyinfer.types import Array
 
 _RING = 3  # pinned buffers used in turn: two steps may be in flight while the third is built
 _ALIGN = 64  # bytes between the starts of two arrays, so that kernels may read them in wide words
-_TO_DEVICE = 1  # cudaMemcpyKind
 _FORWARD = ("token_ids", "token_rows", "positions", "slot_mapping", "query_start", "context_lens", "logits_indices")
 _DRAW = ("rows", "steps", "seeds", "temperature")
 _SPECIAL = ("top_k", "top_p", "min_p", "penalty_rows", "repetition", "presence", "frequency")
@@ -98,7 +97,7 @@ class DeviceInputs:
         tokens, rows, width = limits.max_num_batched_tokens, limits.max_num_seqs, limits.blocks_per_sequence
         size = _packed_bytes(tokens, rows, limits.logits_rows)
         self.last_tokens = last_tokens
-        self._runtime, self._event = xp.cuda.runtime, xp.cuda.Event
+        self._event = xp.cuda.Event
         self._stream = stream
         self._packed = xp.zeros(size, np.uint8)
         self._tables = xp.zeros((rows, width), np.int32)
@@ -126,7 +125,9 @@ class DeviceInputs:
             if len(array) < len(target):
                 target[len(array) :] = _PADDING.get(name, 0)
         upload(layout.all_device, layout.all_host[turn], self._stream)
-        self._send_tables(batch.block_tables, turn)
+        sequences, used = batch.block_tables.shape
+        self._pinned_tables[turn][:sequences, :used] = batch.block_tables
+        upload_columns(self._tables, self._pinned_tables[turn], sequences, used, self._stream)
         self._copied[turn] = event = self._event(disable_timing=True)
         event.record(self._stream)
         views = layout.device
@@ -152,22 +153,6 @@ class DeviceInputs:
             if keep:
                 self._layouts[sizes] = layout
         return layout
-
-    def _send_tables(self, tables: np.ndarray, turn: int) -> None:
-        """Copy the used columns: rows of ``width`` int32 on both sides, of which the first W are sent."""
-        sequences, used = tables.shape
-        pinned, pitch = self._pinned_tables[turn], self._tables.shape[1] * 4
-        pinned[:sequences, :used] = tables
-        self._runtime.memcpy2DAsync(
-            self._tables.data.ptr,
-            pitch,
-            pinned.ctypes.data,
-            pitch,
-            used * 4,
-            sequences,
-            _TO_DEVICE,
-            self._stream.ptr,
-        )
 
     def _exact_step(self, batch: Batch, views: Mapping[str, Array]) -> StepInputs:
         tables = self._tables[: batch.num_sequences]

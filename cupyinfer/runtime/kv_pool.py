@@ -3,7 +3,7 @@
 The slab holds ``num_pages`` pages. A page has a number and a piece in every layer; layer ``l`` is the array
 ``kv_caches[l]`` of shape [P, 2, K, S, D] (page, key or value, kv head, token in the page, dim). Pages are handed out by
 a :class:`~cupyinfer.runtime.ledger.BlockLedger`. The GPU's pool is :class:`cupyinfer.runtime.kv_pool_cuda.KVBlockPool`
-(its class statement needs CuPy); :func:`make_pool` picks.
+(its class statement needs CuPy).
 
 >>> pool = CpuBlockPool(num_pages=4, layout=PageLayout(num_layers=2, kv_heads=1, block_size=16, head_dim=8))
 >>> page = pool.allocate()
@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from cupyinfer.errors import invalid
-from cupyinfer.runtime.device import Device
 from cupyinfer.runtime.ledger import BlockLedger, PageUsage
 from cupyinfer.types import Array, dtype_of
 
@@ -200,12 +199,3 @@ class _PageBuffer:
     def fill(self, piece: np.ndarray) -> None:
         self._piece = piece
         self.__array_interface__ = piece.view(np.uint8).reshape(-1).__array_interface__
-
-
-def make_pool(device: Device, num_pages: int, layout: PageLayout) -> PagePool:
-    """The pool of the device: KVBlockPool on a GPU, CpuBlockPool otherwise. Raises OutOfMemoryError."""
-    if not device.is_cuda:
-        return CpuBlockPool(num_pages, layout)
-    from cupyinfer.runtime.kv_pool_cuda import KVBlockPool  # needs CuPy
-
-    return KVBlockPool(num_pages, layout)
