@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 Progress = Callable[[str, int, int], None]  # (what is being done, done so far, in all)
+TITLES = {"weights": "loading weights", "kernels": "compiling kernels", "graphs": "capturing CUDA graphs"}
 
 
 class ProgressBars:
@@ -26,7 +27,7 @@ class ProgressBars:
         if self._display is None:
             self._start()
         if stage not in self._tasks:
-            self._tasks[stage] = self._display.add_task(stage, total=total)
+            self._tasks[stage] = self._display.add_task(TITLES.get(stage, stage), total=total)
         self._display.update(self._tasks[stage], completed=done, total=total)
         if done >= total:
             self._display.remove_task(self._tasks.pop(stage))

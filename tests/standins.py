@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from string import ascii_lowercase
 
+import numpy as np
 import tokenizers
+from safetensors.numpy import save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = ["def quicksort(items):\n    return sorted(items)\n", "hello world, hello there", "grüße 你好 😀"] * 4
@@ -76,4 +78,41 @@ def write_text_files(directory: Path) -> Path:
     settings = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True}}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    return directory
+
+
+def write_model(directory: Path, context: int = 256, seed: int = 0) -> Path:
+    """A complete tiny Llama with random weights and a byte-level tokenizer: it babbles, but every part is real."""
+    write_text_files(directory)
+    vocab, E, F, H, K, D = byte_level().get_vocab_size(), 64, 96, 2, 1, 32
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": E,
+        "intermediate_size": F,
+        "num_hidden_layers": 2,
+        "num_attention_heads": H,
+        "num_key_value_heads": K,
+        "head_dim": D,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+        "bos_token_id": 0,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens.weight": (vocab, E), "model.norm.weight": (E,)}
+    for i in range(2):
+        layer = f"model.layers.{i}."
+        shapes |= {layer + f"self_attn.{n}_proj.weight": (rows * D, E) for n, rows in (("q", H), ("k", K), ("v", K))}
+        shapes |= {layer + "self_attn.o_proj.weight": (E, H * D), layer + "mlp.down_proj.weight": (E, F)}
+        shapes |= {layer + f"mlp.{n}_proj.weight": (F, E) for n in ("gate", "up")}
+        shapes |= {layer + f"{n}_layernorm.weight": (E,) for n in ("input", "post_attention")}
+    rng = np.random.default_rng(seed)
+    weights = {n: rng.standard_normal(s, dtype=np.float32) * (0.5 if "embed" in n else 0.15) for n, s in shapes.items()}
+    weights |= {n: np.ones(s, np.float32) for n, s in shapes.items() if "norm" in n}
+    save_file(weights, str(directory / "model.safetensors"))
     return directory

@@ -18,9 +18,9 @@ from cupyinfer.cli.options import (
 from cupyinfer.errors import ConfigError
 from cupyinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput, as_dict
 from cupyinfer.progress import ProgressBars
+from cupyinfer.prompts import PromptLike
 from cupyinfer.sampling_params import SamplingParams
 
-Prompt = str | list[int]
 _EPILOG = """examples:
   cupyinfer generate "def quicksort("
   cupyinfer generate --model ./Llama-3.2-1B --max-tokens 200 --temperature 0.8 --seed 1 "Once upon a time"
@@ -28,8 +28,8 @@ _EPILOG = """examples:
   cupyinfer generate --model dummy:llama-3.1-8b --token-ids "1,2,3" --ignore-eos
   git diff | cupyinfer generate --model ./my-model -
 
-The text goes to standard output as it is made; everything else (progress, speed) goes to standard error. A model without
-tokenizer takes --token-ids and prints token ids.
+The text goes to standard output as it is made, progress and speed to standard error. A model without tokenizer takes
+--token-ids and prints token ids.
 """
 
 
@@ -37,8 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Complete a prompt; without --model with the demo model, which writes Python."
     parser.epilog = _EPILOG
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to complete; - reads standard input")
-    source.add_argument("--file", metavar="PROMPTS.txt", help="one prompt a line, blank lines skipped; - for standard input")
+    source.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to complete; - is stdin")
+    source.add_argument("--file", metavar="PROMPTS.txt", help="one prompt a line, blank ones skipped; - is stdin")
     source.add_argument("--token-ids", metavar='"1,2,3"', help="token ids in place of a text")
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each result, and nothing else")
     parser.add_argument("--n", type=int, default=1, metavar="N", help="completions of each prompt (default: 1)")
@@ -66,13 +66,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+def read_prompts(args: argparse.Namespace) -> list[PromptLike]:
     """The prompts of the command line, in order. Raises ConfigError."""
     if args.token_ids is not None:
         return [parse_token_ids(args.token_ids)]
     if args.file is None:
         return [_read("-").removesuffix("\n") if args.prompt == "-" else args.prompt]
-    lines: list[Prompt] = [line for line in _read(args.file).splitlines() if line.strip()]
+    lines: list[PromptLike] = [line for line in _read(args.file).splitlines() if line.strip()]
     if not lines:
         raise ConfigError(f"--file={args.file!r} holds no prompt; allowed: a text file with one prompt a line")
     return lines
@@ -85,7 +85,7 @@ def _read(name: str) -> str:
         raise ConfigError(f"{name} cannot be read: {error}") from None
 
 
-def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> None:
+def _stream(llm: LLM, prompt: PromptLike, params: SamplingParams) -> None:
     if isinstance(prompt, str) and sys.stdout.isatty() and sys.stderr.isatty():
         print(f"\033[2m{prompt}\033[0m", end="", file=sys.stderr, flush=True)  # dim: the model's words follow it
     last = None
@@ -107,7 +107,7 @@ def _shown(piece: CompletionOutput, first: bool = True) -> str:
     return ids if first or not ids else f",{ids}"
 
 
-def _print_all(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> None:
+def _print_all(llm: LLM, prompts: list[PromptLike], params: SamplingParams) -> None:
     outputs = llm.generate(prompts, params, use_progress_bar=True)
     for number, output in enumerate(outputs, 1):
         for completion in output.outputs:
@@ -121,7 +121,7 @@ def _title(output: RequestOutput) -> str:
     return text if len(text) <= 70 else f"{text[:67]}..."
 
 
-def _print_json(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> None:
+def _print_json(llm: LLM, prompts: list[PromptLike], params: SamplingParams) -> None:
     for output in llm.generate(prompts, params):
         for line in as_dict(output):
             print(json.dumps(line))

@@ -60,7 +60,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     group.add_argument("--presence-penalty", type=float, metavar="X", help="0: off")
     group.add_argument("--frequency-penalty", type=float, metavar="X", help="0: off")
     group.add_argument("--seed", type=int, help="the same seed gives the same text")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where TEXT appears (repeatable)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at TEXT (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
 
 

@@ -62,6 +62,10 @@ class Tokenizer:
         """The text of ``token_ids``. Ids that the tokenizer does not know (a padded vocabulary) give nothing."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def word(self, token_id: int) -> str:
+        """The text of one token on its own, special tokens included."""
+        return self.decode([token_id], skip_special_tokens=False)
+
     def _apply_add_bos(self, wanted: bool | None) -> None:
         bos = self.special_tokens.get("bos_token", "")
         bos_id = self.token_id(bos)

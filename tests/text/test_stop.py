@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from standins import byte_level
 
+from cupyinfer.sampling_params import SamplingParams
 from cupyinfer.text.stop import StopChecker
 from cupyinfer.text.stream import TextStream
 from cupyinfer.text.tokenizer import Tokenizer
@@ -70,9 +71,9 @@ def test_a_stop_string_before_min_tokens_passes_and_one_across_it_counts():
 def test_stream_stops_inside_a_token_and_ignores_the_rest(include, text):
     tokenizer = Tokenizer(byte_level(), {})
     ids = tokenizer.encode("hello world, hello", add_special_tokens=False)
-    stream = TextStream(tokenizer, stop=["lo w"], include_stop=include)
+    stream = TextStream(tokenizer, [], SamplingParams(stop="lo w", include_stop_str_in_output=include))
     got = "".join(stream.push([i]) for i in ids) + stream.finish()
-    assert (got, stream.text, stream.stopped) == (text, text, "lo w")
+    assert (got, stream.stopped) == (text, "lo w")
     used = tokenizer.decode(ids[: stream.tokens_used])
     assert "lo w" in used
     assert "lo w" not in tokenizer.decode(ids[: stream.tokens_used - 1])
@@ -81,15 +82,14 @@ def test_stream_stops_inside_a_token_and_ignores_the_rest(include, text):
 def test_stream_min_tokens_counts_tokens():
     tokenizer = Tokenizer(byte_level(), {})
     ids = [tokenizer.encode("x", add_special_tokens=False)[0]] * 6
-    stream = TextStream(tokenizer, stop=["x"], min_tokens=3)
+    stream = TextStream(tokenizer, [], SamplingParams(stop="x", min_tokens=3))
     assert [stream.push([i]) for i in ids] == ["x", "x", "x", "", "", ""]
     assert (stream.stopped, stream.tokens_used) == ("x", 4)
 
 
 def test_stream_hands_out_what_was_held_when_the_sequence_ends():
     tokenizer = Tokenizer(byte_level(), {})
-    stream = TextStream(tokenizer, stop=["world!"])
+    stream = TextStream(tokenizer, [], SamplingParams(stop="world!"))
     shown = stream.push(tokenizer.encode("hello wor", add_special_tokens=False))
     assert shown == "hello "
     assert stream.finish() == "wor"
-    assert stream.text == "hello wor"
