@@ -45,6 +45,25 @@ def download(host: np.ndarray, device: Array, stream: Any) -> None:
     _copy(host.ctypes.data, device.data.ptr, device, host, _TO_HOST, stream)
 
 
+def upload_columns(device: Array, host: np.ndarray, rows: int, columns: int, stream: Any) -> None:
+    """Start copying host[:rows, :columns] -> device[:rows, :columns]; both are dense [R, C] of one dtype and width."""
+    import cupy
+
+    pitch = host.strides[0]
+    if host.shape[1] != device.shape[1] or host.dtype != device.dtype or rows > min(len(host), len(device)):
+        raise DeviceError(f"a copy of {rows} rows needs two arrays alike, not {host.shape} and {device.shape}")
+    cupy.cuda.runtime.memcpy2DAsync(
+        device.data.ptr,
+        pitch,
+        host.ctypes.data,
+        pitch,
+        columns * host.itemsize,
+        rows,
+        _TO_DEVICE,
+        stream.ptr,
+    )
+
+
 def _copy(target: int, source: int, device: Array, host: np.ndarray, kind: int, stream: Any) -> None:
     import cupy
 
