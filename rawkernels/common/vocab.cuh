@@ -42,10 +42,12 @@ __device__ __forceinline__ float weight(float x, float top) { return x == top ? 
 // Probability mass as an integer: sums do not depend on the order. At most 2^18 * 2^40.
 __device__ __forceinline__ u64 mass_of(float w) { return (u64)(w * 0x1p40f); }
 
-// The 8 logits of bucket `bucket` that this lane holds; lanes beyond V hold -inf. False where line l has no logit at all.
+// The id that this lane holds of a bucket's line.
 __device__ __forceinline__ int bucket_index(int bucket, int line) {
     return (line * BUCKETS + bucket) * LINE + (threadIdx.x & 31);
 }
+
+// The 8 logits that this lane holds of a bucket, all in flight at once; -inf beyond V.
 __device__ __forceinline__ void load_bucket(const float* __restrict__ row, int V, int bucket, float (&x)[LINES]) {
 #pragma unroll
     for (int l = 0; l < LINES; ++l) {
@@ -77,7 +79,7 @@ __device__ __forceinline__ void summarise_bucket(const float* __restrict__ row, 
     }
 }
 
-// --- reductions over a block of ROW_THREADS; `scratch` has 3 * 32 words and may be reused right after the call ---
+// --- reductions over a block of ROW_THREADS; `scratch` has 3 * 32 words and may be reused right after the call -----
 __device__ __forceinline__ u64 block_max(u64 x, u64* scratch) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
@@ -123,7 +125,7 @@ __device__ __forceinline__ u32 kth_largest(u32 key, int k) {
     return low;
 }
 
-// --- sources: where a block finds (key, token id) pairs -----------------------------------------------------------------
+// --- sources: where a block finds (key, token id) pairs ------------------------------------------------------------
 // each(floor, f) calls f(key, id) at least for every pair whose key is >= floor; f must test keys itself.
 
 // The row in global memory, bucket by bucket, skipping those whose maximum lies below the floor. All lanes of a warp call
@@ -183,7 +185,7 @@ struct Buffer {
     }
 };
 
-// --- measures of a set of keys, and the select ----------------------------------------------------------------------------
+// --- measures of a set of keys, and the select ---------------------------------------------------------------------
 struct Counting {
     __device__ __forceinline__ u64 operator()(u32 key) const { return 1; }
 };
