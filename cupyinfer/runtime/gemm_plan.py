@@ -70,6 +70,17 @@ class SkinnyPlan:
     shared: int
 
 
+def split_warps(row_bytes: int, most: int) -> int:
+    """Into how many warps a row of so many bytes is split: the most work at once, idle warps counted out."""
+    segments = cdiv(row_bytes, 512)
+    return max(range(1, most + 1), key=lambda w: (segments / cdiv(segments, w), -w))
+
+
+def ring_bytes(tiles: int) -> int:
+    """Shared memory of one warp, as skinny_warp_bytes in rawkernels/common/skinny.cuh."""
+    return _RING_STAGES[tiles] * 8 * tiles * 128
+
+
 def skinny_plan(T: int, N: int, I: int, itemsize: int, multiprocessors: int) -> SkinnyPlan:
     """The launch shape for out[T, N] = x[T, I] @ w[N, I]^T.
 
@@ -77,16 +88,15 @@ def skinny_plan(T: int, N: int, I: int, itemsize: int, multiprocessors: int) -> 
     two blocks. The warps of a block share I in segments of 512 bytes; their number depends on N and I alone, so that
     the order of additions, hence every bit of a row's result, does not depend on how many rows there are.
     """
-    segments = cdiv(I * itemsize, 512)
     most = 16 if cdiv(N, 8) < 2 * multiprocessors else 8  # few blocks: more warps in each keep more bytes in flight
-    warps = max(range(1, most + 1), key=lambda w: (segments / cdiv(segments, w), -w))
+    warps = split_warps(I * itemsize, most)
     tiles = 1 if T <= 4 else 2 if T <= 8 else 4
     while tiles > 1 and cdiv(N, 8 * tiles) < 2 * multiprocessors:
         tiles //= 2
     rows = 8 if T <= 8 else 16
     if itemsize == 4:
         rows, tiles = 1 << (T - 1).bit_length(), min(tiles, 2)
-    return SkinnyPlan(rows, tiles, warps, cdiv(N, 8 * tiles), warps * _RING_STAGES[tiles] * 8 * tiles * 128)
+    return SkinnyPlan(rows, tiles, warps, cdiv(N, 8 * tiles), warps * ring_bytes(tiles))
 
 
 def choose_route(T: int, N: int, I: int, dtype: Any) -> str:

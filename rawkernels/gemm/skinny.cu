@@ -12,7 +12,7 @@
 typedef DTYPE T;
 typedef OUT O;
 
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(512, sizeof(T) == 2 ? 2 : 1)
     skinny(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias, O* __restrict__ out, int rows,
            int N, int I) {
     extern __shared__ __align__(16) char shared[];
