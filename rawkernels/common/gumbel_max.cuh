@@ -1,9 +1,10 @@
 // The best id of a range of one row of logits: the largest logit, or the largest logit / temperature + Gumbel noise.
 //
-// Thread t of the block handles groups of four consecutive ids, t, t + THREADS, ...: a group is one 16-byte access where
-// the row is aligned, and shares one Philox call. Accurate noise costs two logarithms (about 60 instructions a logit),
-// but most logits cannot win: a cheap upper bound on their noise leaves them below the best value that the warp has
-// seen, and then the logarithms are skipped. Taking a maximum is exact, so neither this nor the grid changes the result.
+// Thread t of the block handles groups of four consecutive ids, t, t + THREADS, ...: a group is one 16-byte access
+// where the row is aligned, and shares one Philox call. Accurate noise costs two logarithms (about 60 instructions a
+// logit), but most logits cannot win: a cheap upper bound on their noise leaves them below the best value that the
+// warp has seen, and then the logarithms are skipped. Taking a maximum is exact, so neither this nor the grid changes
+// the result.
 #pragma once
 #include "common/types.cuh"
 #include "common/philox.cuh"
@@ -41,7 +42,8 @@ template <int THREADS> __device__ __forceinline__ u64 best_greedy(const float* r
 
 // As best_greedy, with noise. Whole warps iterate together.
 template <int THREADS>
-__device__ __forceinline__ u64 best_random(const float* row, int begin, int end, float temperature, u64 seed, u32 step) {
+__device__ __forceinline__ u64 best_random(const float* row, int begin, int end, float temperature, u64 seed,
+                                           u32 step) {
     const bool aligned = is_aligned(row);
     const float inverse = 1.0f / temperature;
     u64 best = 0;

@@ -26,8 +26,9 @@ __device__ __forceinline__ void random_words(u64 seed, u32 step, u32 group, u32 
     words[3] = c3;
 }
 
-// u = (word + 1/2) / 2^32, kept below 1 so that no logarithm sees 0. Its small end, where float32 is finest, decides the
-// large noise values: -log(-log(1 - u)) is 22.9 at most, and its steps there are far finer than any gap that matters.
+// u = (word + 1/2) / 2^32, kept below 1 so that no logarithm sees 0. Its small end, where float32 is finest, decides
+// the large noise values: -log(-log(1 - u)) is 22.9 at most, and its steps there are far finer than any gap that
+// matters.
 __device__ __forceinline__ float uniform(u32 word) {
     return fminf(((float)word + 0.5f) * 0x1p-32f, 0x1.fffffep-1f);
 }

@@ -128,8 +128,8 @@ __device__ __forceinline__ u32 kth_largest(u32 key, int k) {
 // --- sources: where a block finds (key, token id) pairs ------------------------------------------------------------
 // each(floor, f) calls f(key, id) at least for every pair whose key is >= floor; f must test keys itself.
 
-// The row in global memory, bucket by bucket, skipping those whose maximum lies below the floor. All lanes of a warp call
-// f together; a lane beyond the end of the row passes key 0.
+// The row in global memory, bucket by bucket, skipping those whose maximum lies below the floor. All lanes of a warp
+// call f together; a lane beyond the end of the row passes key 0.
 struct Row {
     const float* logits;
     int V;

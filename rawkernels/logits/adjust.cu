@@ -3,10 +3,9 @@
 
 constexpr int PER_THREAD = 4;
 
-// Idea: a dense pass over the row of counts; block (c, n) handles 1024 logits of row n, thread t every 256th of them, so
-// that accesses are coalesced whatever V is. Logits are read and written only where the count is not zero. A row
-// without penalties returns at once.
-// Bound: memory, 4 bytes of counts per logit.
+// Idea: a dense pass over the row of counts; block (c, n) handles 1024 logits of row n, thread t every 256th of them,
+// so that accesses are coalesced whatever V is. Logits are read and written only where the count is not zero. A row
+// without penalties returns at once. Bound: memory, 4 bytes of counts per logit.
 extern "C" __global__ void apply_penalties(float* logits, const int* rows, const int* counts, const float* repetition,
                                            const float* presence, const float* frequency, int V) {
     const int n = blockIdx.y, row = rows[n];
@@ -26,8 +25,8 @@ extern "C" __global__ void apply_penalties(float* logits, const int* rows, const
 }
 
 // One thread per entry. An atomic, since a token may have both a bias and a min_tokens mask.
-extern "C" __global__ void apply_bias(float* logits, const int* bias_rows, const int* bias_ids, const float* bias_values,
-                                      int V, int J) {
+extern "C" __global__ void apply_bias(float* logits, const int* bias_rows, const int* bias_ids,
+                                      const float* bias_values, int V, int J) {
     const int j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= J || bias_rows[j] < 0) return;
     atomicAdd(logits + (i64)bias_rows[j] * V + bias_ids[j], bias_values[j]);

@@ -39,8 +39,9 @@ __device__ __forceinline__ float load_row(const T* __restrict__ x, T* __restrict
 }
 
 template <bool ADD>
-__device__ __forceinline__ void norm_row(const T* __restrict__ x, T* __restrict__ residual, const T* __restrict__ weight,
-                                         const T* __restrict__ bias, T* __restrict__ out, int E, float eps) {
+__device__ __forceinline__ void norm_row(const T* __restrict__ x, T* __restrict__ residual,
+                                         const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out,
+                                         int E, float eps) {
     __shared__ float scratch[32];
     const i64 row = (i64)blockIdx.x * E;
     float values[CHUNKS][N];

@@ -1,11 +1,11 @@
 // The draw among the tokens that top-k, then top-p, then min-p keep.
 //
-// Idea: each filter keeps the logits above some threshold, so nothing is sorted: thresholds are found by counting (top-k)
-// and by summing probability (top-p) above pivots, with integers, hence exactly and in any order. Two kernels:
+// Idea: each filter keeps the logits above some threshold, so nothing is sorted: thresholds are found by counting
+// (top-k) and by summing probability (top-p) above pivots, with integers, hence exactly and in any order. Two kernels:
 // bucket_summary reads the logits once, one warp per bucket (common/vocab.cuh). sample_filtered, one block per row,
 // derives from the bucket maxima a floor that the threshold will not lie below, gathers the few logits above it in
-// shared memory and works there. When they are too many, or do not hold the threshold (a nearly flat distribution with a
-// high top_p, a very large top_k, thousands of equal logits), it works on the row itself: the same code, slower.
+// shared memory and works there. When they are too many, or do not hold the threshold (a nearly flat distribution with
+// a high top_p, a very large top_k, thousands of equal logits), it works on the row itself: the same code, slower.
 // Bound: bucket_summary by memory (4 bytes a logit), sample_filtered by latency: about 40 block-wide reductions.
 #include "common/types.cuh"
 #include "common/reduce.cuh"
