@@ -129,7 +129,9 @@ class LLM:
         whole. The last one has ``finished`` and the metrics. Closing the iterator early aborts the request.
         """
         found, many = read_prompts(prompt)
-        if many or not found:
+        if not found:
+            raise RequestError("the prompt is empty; allowed: at least one token")
+        if many:
             raise RequestError(f"prompt={prompt!r} is not allowed; allowed: one text or one list of token ids")
         (request,) = self._add_all(found, self._params_of_each(sampling_params, 1), False, lazy=False)
         return self._deltas(request)

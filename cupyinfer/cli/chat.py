@@ -9,7 +9,13 @@ import sys
 from collections.abc import Iterator
 
 from cupyinfer.api import LLM
-from cupyinfer.cli.options import add_engine_options, add_sampling_options, engine_settings, sampling_params
+from cupyinfer.cli.options import (
+    add_engine_options,
+    add_sampling_options,
+    announce,
+    engine_settings,
+    sampling_params,
+)
 from cupyinfer.errors import RequestError
 from cupyinfer.progress import ProgressBars
 from cupyinfer.sampling_params import SamplingParams
@@ -44,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     bars = ProgressBars()
     try:
         with LLM(**engine_settings(args), progress=bars) as llm:
+            announce(llm)
             template = args.chat_template
             if template is None and llm.chat_template is None:
                 template = _FALLBACK

@@ -11,6 +11,7 @@ from cupyinfer.api import LLM
 from cupyinfer.cli.options import (
     add_engine_options,
     add_sampling_options,
+    announce,
     engine_settings,
     parse_token_ids,
     sampling_params,
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
             params = sampling_params(args, llm.default_sampling_params())
             if args.json:
                 _print_json(llm, prompts, params)
-            elif len(prompts) == 1 and params.n == 1:
+                return 0
+            announce(llm)
+            if len(prompts) == 1 and params.n == 1:
                 _stream(llm, prompts[0], params)
             else:
                 _print_all(llm, prompts, params)
@@ -96,7 +99,7 @@ def _stream(llm: LLM, prompt: PromptLike, params: SamplingParams) -> None:
             first = False
     print(flush=True)
     if last is not None:
-        print(_speed(llm, [last.metrics]), file=sys.stderr)
+        print(_speed([last.metrics]), file=sys.stderr)
 
 
 def _shown(piece: CompletionOutput, first: bool = True) -> str:
@@ -113,7 +116,7 @@ def _print_all(llm: LLM, prompts: list[PromptLike], params: SamplingParams) -> N
         for completion in output.outputs:
             which = f"{number}" if params.n == 1 else f"{number}.{completion.index + 1}"
             print(f"==> {which}: {_title(output)} <==\n{_shown(completion)}\n")
-    print(_speed(llm, [o.metrics for o in outputs]), file=sys.stderr)
+    print(_speed([o.metrics for o in outputs]), file=sys.stderr)
 
 
 def _title(output: RequestOutput) -> str:
@@ -127,11 +130,11 @@ def _print_json(llm: LLM, prompts: list[PromptLike], params: SamplingParams) -> 
             print(json.dumps(line))
 
 
-def _speed(llm: LLM, metrics: list[RequestMetrics]) -> str:
+def _speed(metrics: list[RequestMetrics]) -> str:
     """One line: tokens, tokens/s and time to first token, over all requests."""
     tokens = sum(m.output_tokens for m in metrics)
     seconds = max(m.e2e for m in metrics)
     first = sorted(m.ttft for m in metrics)[len(metrics) // 2]
     rate = tokens / seconds if seconds else 0.0
     what = "first token after" if len(metrics) == 1 else f"{len(metrics)} prompts, median time to first token"
-    return f"\n{tokens} tokens in {seconds:.2f} s, {rate:.0f} tokens/s, {what} {first * 1e3:.0f} ms, on {llm.device}"
+    return f"cupyinfer: {tokens} tokens in {seconds:.2f} s, {rate:.0f} tokens/s, {what} {first * 1e3:.0f} ms"

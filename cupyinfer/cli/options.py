@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
+from cupyinfer.api import LLM
 from cupyinfer.config import BLOCK_SIZES, LOAD_FORMATS
 from cupyinfer.errors import invalid
 from cupyinfer.sampling_params import SamplingParams
@@ -77,6 +80,11 @@ def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> Sampl
     if defaults.greedy and "temperature" not in settings and {"top_p", "top_k", "min_p"} & set(settings):
         settings["temperature"] = 1.0
     return dataclasses.replace(defaults, **settings)
+
+
+def announce(llm: LLM) -> None:
+    """Say once, on standard error, what was chosen."""
+    print(f"cupyinfer: {Path(llm.model_name).name} on {llm.device}, {llm.dtype}", file=sys.stderr)
 
 
 def parse_token_ids(text: str) -> list[int]:
