@@ -17,7 +17,8 @@ constexpr int MAX_THREADS = 512;  // 64 values a thread and the addresses need u
 
 template <bool ADD>
 __device__ __forceinline__ void norm_row(const T* __restrict__ x, T* __restrict__ residual,
-                                         const T* __restrict__ weight, T* __restrict__ out, int E, float eps, float offset) {
+                                         const T* __restrict__ weight, T* __restrict__ out, int E, float eps,
+                                         float offset) {
     __shared__ float scratch[32];
     const i64 row = (i64)blockIdx.x * E;
     float values[CHUNKS][N];
