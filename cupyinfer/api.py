@@ -43,10 +43,10 @@ class LLM:
     def __init__(
         self, model: str | Path | None = None, *, progress: Progress | bool | None = None, **settings: Any
     ) -> None:
-        self.model_name = str(demo_model_path() if model is None else model)
-        config = EngineConfig.make(model=self.model_name, **settings)
-        is_preset = self.model_name.startswith(PREFIX)
-        self._directory = None if is_preset else find_model(self.model_name)
+        self.model_name = "demo model" if model is None else str(model)
+        config = EngineConfig.make(model=str(demo_model_path() if model is None else model), **settings)
+        is_preset = config.model.startswith(PREFIX)
+        self._directory = None if is_preset else find_model(config.model)
         if self._directory is not None:
             config = replace(config, model=str(self._directory))
         self.tokenizer = _tokenizer_of(config, self._directory)
@@ -116,9 +116,10 @@ class LLM:
         live = self._add_all(found, self._params_of_each(sampling_params, len(found)), many, lazy=True)
         bars = ProgressBars(None if use_progress_bar else False)
         try:
-            while open_ := sum(not r.finished for r in live):
-                bars("prompts", len(live) - open_, len(live))
-                self._step()
+            for done, request in enumerate(live):  # they are served in this order, more or less
+                bars("prompts", done, len(live))
+                while not request.finished:
+                    self._step()
         finally:
             bars.close()
             self._drop(live)

@@ -44,6 +44,8 @@ class LiveRequest:
         self._updates[update.index] = update
         if update.prompt_logprobs is not None:
             self._prompt_logprobs = [p and with_words([p], self._tokenizer)[0] for p in update.prompt_logprobs]
+        if update.finish_reason is None and update.logprobs is None and completion.defer(update.token_ids):
+            return False
         new = completion.add(update.token_ids, update.logprobs, update.finish_reason, update.stop_reason)
         if not self._lazy:
             unread = self._news.get(update.index)

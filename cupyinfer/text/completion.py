@@ -40,6 +40,14 @@ class Completion:
         """The stop string that ended the text; who makes the tokens does not know of it yet."""
         return self._stream.stopped if self._stream is not None else None
 
+    def defer(self, token_ids: Sequence[int]) -> bool:
+        """Append tokens without a look at their text, when it may wait for the end; False when it may not."""
+        if self._lazy:
+            self.output.token_ids += token_ids
+            if self._stream is not None:
+                self._unread += token_ids
+        return self._lazy
+
     def add(
         self,
         token_ids: Sequence[int],
