@@ -22,7 +22,7 @@ import numpy as np
 from cupyinfer.contract import Arg, Op
 from cupyinfer.errors import ContractError, invalid
 from cupyinfer.runtime import cublas, cublaslt
-from cupyinfer.runtime.gemm_plan import DEFAULT, SKINNY_ROWS, GemmConfig, choose_route, skinny_plan
+from cupyinfer.runtime.gemm_plan import DEFAULT, SKINNY_ROWS, GemmConfig, SkinnyPlan, choose_route, skinny_plan
 from cupyinfer.runtime.kernels import NULL, KernelSource, cdiv, get, launch
 from cupyinfer.types import Array, dtype_of
 
@@ -94,11 +94,13 @@ def _multiprocessors(device: int) -> int:
     return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
 
 
-def _skinny_launch(x: Array, weight: Array, bias: Array | None, out: Array) -> None:
+def launch_skinny(x: Array, weight: Array, bias: Array | None, out: Array, plan: SkinnyPlan | None = None) -> None:
+    """Start the skinny kernel with ``plan`` (a benchmark's) or :func:`skinny_plan`'s launch shape. Checks nothing."""
     import cupy
 
     (T, I), N = x.shape, weight.shape[0]
-    plan = skinny_plan(T, N, I, x.itemsize, _multiprocessors(cupy.cuda.runtime.getDevice()))
+    if plan is None:
+        plan = skinny_plan(T, N, I, x.itemsize, _multiprocessors(cupy.cuda.runtime.getDevice()))
     macros = {"DTYPE": dtype_of(x).ctype, "OUT": dtype_of(out).ctype, "ROWS": plan.rows, "TILES": plan.tiles}
     args = (x, weight, NULL if bias is None else bias, out, np.int32(T), np.int32(N), np.int32(I))
     launch(get(SKINNY, "skinny", **macros), (plan.blocks,), (32 * plan.warps,), args, shared=plan.shared)
@@ -134,7 +136,7 @@ def _linear_launch(x, weight, out, bias=None, arena=None, config=None):
     if not aligned or x.shape[1] * x.itemsize % 16 or x.shape[0] > SKINNY_ROWS[x.itemsize]:
         limit = f"at most {SKINNY_ROWS[x.itemsize]} rows whose length and address are multiples of 16 bytes"
         raise ContractError(f"linear: route=skinny needs {limit}; x has shape {x.shape}")
-    _skinny_launch(x, weight, bias, out)
+    launch_skinny(x, weight, bias, out)
 
 
 def _gemm_launch(a, b, out, transpose_a=False, transpose_b=False, alpha=1.0, beta=0.0, config=None):

@@ -131,6 +131,9 @@ def _moe_mlp_launch(x, weights, experts, gate_up, down, out, kind, arena):
         return
     if arena is None:
         raise ContractError("moe_mlp: argument arena is missing; a GPU needs it for scratch memory")
+    for name, array in (("x", x), ("gate_up", gate_up), ("down", down)):
+        if array.data.ptr % 16:
+            raise ContractError(f"moe_mlp: {name} must start at a multiple of 16 bytes")
     plan, pairs, dtype = moe_plan(T, k, X, E, F, x.itemsize), T * k, x.dtype
     order = arena.take("moe.order", (pairs,), np.int32)
     tiles = arena.take("moe.tiles", (plan.max_tiles, 4), np.int32)
