@@ -1,7 +1,7 @@
 """The GPU's side of the runner, acted out with NumPy: pinned rings, packed uploads, graphs and events.
 
-"Device" arrays are NumPy arrays that only the copies write, so a step that read something else than the fixed buffers of
-its graph would give wrong tokens.
+"Device" arrays are NumPy arrays that only the copies write, so a step that read something else than the fixed buffers
+of its graph would give wrong tokens.
 """
 
 from __future__ import annotations

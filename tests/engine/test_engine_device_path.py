@@ -27,7 +27,9 @@ def test_tokens_through_padded_graphs(monkeypatch, eager):
 def test_plain_and_special_rows_side_by_side(monkeypatch):
     """Rows that need more than a draw use the forward graph; their neighbours' tokens do not change."""
     engine = fake_gpu_engine(monkeypatch)
-    plain = [Outcome([i, i + 1, 7], SamplingParams(temperature=0.8, seed=i, max_tokens=40), [[]], [None]) for i in range(9)]
+    plain = [
+        Outcome([i, i + 1, 7], SamplingParams(temperature=0.8, seed=i, max_tokens=40), [[]], [None]) for i in range(9)
+    ]
     for i, outcome in enumerate(plain):
         engine.add_request(str(i), outcome.prompt, outcome.params)
     biased = SamplingParams(temperature=0, max_tokens=30, logit_bias={5: 100.0}, logprobs=2, ignore_eos=True)
