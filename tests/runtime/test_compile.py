@@ -7,6 +7,7 @@ import pkgutil
 
 import pytest
 
+import cupyinfer.bench.roofline
 import cupyinfer.ops
 from cupyinfer.runtime import kernels
 from cupyinfer.runtime.kernels import SOURCES, compile_options, read_source, source_root
