@@ -1,7 +1,7 @@
 """The three workloads that engines are compared by: a decode grid, prefill, and a whole offline batch.
 
-TPOT is measured from outside, as (time for all output tokens - time for one) / (tokens - 1), each the best of ``rounds``;
-the percentiles are those of single engine steps in the decode phase.
+TPOT is measured from outside, as (time for all output tokens - time for one) / (tokens - 1), each the best of
+``rounds``; the percentiles are those of single engine steps in the decode phase.
 """
 
 from __future__ import annotations
