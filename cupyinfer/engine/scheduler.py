@@ -111,7 +111,7 @@ class Scheduler:
         step = Schedule()
         budget = self.plan.max_num_batched_tokens
         spare_rows = self.plan.logits_rows - len(self.running)
-        preempted = self._grow_tables(may_preempt)
+        self._grow_tables(may_preempt)
         for sequence in self.running:
             if budget == 0:
                 break
@@ -129,13 +129,11 @@ class Scheduler:
                 spare_rows -= max(0, chunk.logits_rows - 1)
                 budget -= chunk.count
                 step.chunks.append(chunk)
-        if not preempted:
-            self._admit(step, budget, spare_rows, now)
+        self._admit(step, budget, spare_rows, now)
         return step
 
-    def _grow_tables(self, may_preempt: bool) -> bool:
-        """Give every running sequence room for its next token, oldest first; True when somebody was preempted."""
-        preempted = False
+    def _grow_tables(self, may_preempt: bool) -> None:
+        """Give every running sequence room for its next token, oldest first; the youngest pay for it."""
         size = self.plan.block_size
         needy = [s for s in self.running if s.length > s.capacity and s.length < s.max_len]
         for sequence in needy:
@@ -145,13 +143,11 @@ class Scheduler:
                 if not may_preempt:
                     raise NeedsCollect
                 self._preempt(self.running[-1])
-                preempted = True
             if sequence.status is Status.RUNNING:
                 page = self.ledger.allocate()
                 self.rows.block_tables[sequence.row, len(sequence.pages)] = page
                 sequence.pages.append(page)
                 sequence.capacity += size
-        return preempted
 
     def _take_chunk(self, sequence: Sequence, budget: int, spare_rows: int) -> Chunk:
         """The next piece of a sequence's known tokens, counted as computed; its full pages are shared from now on."""
@@ -254,7 +250,8 @@ class Scheduler:
         """Raise AssertionError unless queues, pages, rows and prefix cache agree."""
         self.ledger.check(held_pages(self.running) + list(pinned))
         self.prefix.check()
-        assert all(not s.pages and s.row < 0 and s.status is Status.WAITING for s in self.waiting)
+        assert all(not (s.pages or s.computed or s.pending) and s.row < 0 for s in self.waiting)
+        assert all(s.status is Status.WAITING for s in self.waiting)
         assert all(s.status is Status.RUNNING for s in self.running)
         assert len({s.row for s in self.running}) == len(self.running) == self.rows.used
         for s in self.running:

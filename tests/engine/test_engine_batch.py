@@ -102,7 +102,7 @@ def test_the_youngest_is_preempted_and_comes_back_first():
         scheduler.schedule(may_preempt=False)
     scheduler.check()
     step = scheduler.schedule()
-    assert names(step.decodes) == ["0", "1"] and not step.chunks, "no admission right after a preemption"
+    assert names(step.decodes) == ["0", "1"] and not step.chunks
     assert names(scheduler.waiting) == ["2", "3"] and scheduler.preemptions == 2
     scheduler.check()
 

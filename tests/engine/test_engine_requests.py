@@ -278,17 +278,24 @@ def test_prompt_logprobs_in_slices_beside_other_work(depth, n):
 
 
 def test_prompt_logprobs_survive_a_preemption():
+    """Of a prompt that is half computed when its pages are taken away."""
     prompt = np.random.default_rng(1).integers(0, VOCAB, 60).tolist()
     engine = fake_engine(2, context=160, block_size=8, num_gpu_blocks_override=20, max_num_batched_tokens=16)
     engine.add_request("old", [1, 2], SamplingParams(temperature=0, max_tokens=150, ignore_eos=True))
+    engine.step()
+    old = engine.scheduler.running[0]
+    while engine.pool.ledger.available > 8 or old.capacity - old.length > 2:
+        engine.step()
     engine.add_request("r", prompt, SamplingParams(temperature=0, max_tokens=60, prompt_logprobs=0, ignore_eos=True))
-    rows, tokens = [], []
+    young = engine.scheduler.waiting[0]
+    rows, tokens, begun = [], [], 0
     while engine.has_unfinished():
         for update in engine.step():
             if update.request_id == "r":
+                begun = begun or young.preemptions
                 rows += update.prompt_logprobs or []
                 tokens += update.token_ids
-    assert engine.stats().preemptions > 0
+    assert begun > 0, "preempted before its first token"
     assert len(rows) == 60 and tokens == alone(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))[0]
     for position in range(1, 60):
         logp = log_softmax(logits_after(np.array(prompt[:position])))
@@ -314,6 +321,25 @@ def test_prefix_hits_are_counted_and_leave_one_token(depth):
     assert engine.stats().prefix_hit_tokens == 48 + 64
     off = fake_engine(depth, enable_prefix_caching=False)
     assert one(off, prompt, GREEDY) == one(off, prompt, GREEDY) and off.stats().prefix_hit_tokens == 0
+
+
+def test_the_same_page_after_another_prefix_is_another_page(depth):
+    engine = fake_engine(depth)
+    one_page, other = np.random.default_rng(4).integers(0, VOCAB, (2, 16)).tolist()
+    for prompt in (one_page + other + [9], other + one_page + [9]):
+        assert one(engine, prompt, GREEDY) == alone(prompt, GREEDY)
+    assert engine.stats().prefix_hit_tokens == 0
+
+
+def test_a_page_whose_last_token_was_never_computed_is_not_found(depth):
+    """A sequence that ends with its page: the keys and values of the last token are missing."""
+    engine = fake_engine(depth)
+    params = SamplingParams(temperature=0, max_tokens=32 - len(PROMPT), ignore_eos=True)
+    tokens, _ = one(engine, PROMPT, params)
+    longer = PROMPT + tokens + [1, 2, 3]
+    assert len(longer) == 35
+    assert one(engine, longer, GREEDY) == alone(longer, GREEDY)
+    assert engine.stats().prefix_hit_tokens == 16
 
 
 def test_statistics_and_timing(depth):
