@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from cupyinfer.errors import invalid
+from cupyinfer.runtime.device import array_module
 from cupyinfer.runtime.ledger import BlockLedger, PageUsage
 from cupyinfer.types import Array, dtype_of
 
@@ -139,14 +140,20 @@ class PagePool:
         The copies are issued on the current stream. Pages from ``malloc`` stay.
         """
         moves = self.ledger.plan_compaction(self._pinned)
-        old, new = np.array(list(moves.keys()), np.int64), np.array(list(moves.values()), np.int64)
-        step = max(1, _COPY_BYTES // self.layout.layer_bytes)
-        for cache in self.kv_caches:
-            for start in range(0, len(old), step):  # sources and targets are disjoint, so the order is free
-                cache[new[start : start + step]] = cache[old[start : start + step]]
+        if moves:
+            xp = array_module(self.kv_caches[0])
+            self._copy_pages(xp.asarray(list(moves.keys())), xp.asarray(list(moves.values())))
         self.ledger.apply_moves(moves)
         apply(moves)
         return moves
+
+    def _copy_pages(self, old: Array, new: Array) -> None:
+        """Copy pages ``old`` [n] to ``new`` [n], disjoint, in every layer."""
+        step = max(1, _COPY_BYTES // self.layout.layer_bytes)
+        for cache in self.kv_caches:
+            words = cache.reshape(len(cache), -1).view(np.uint32)  # whatever the dtype, pages move as plain words
+            for start in range(0, len(old), step):
+                words[new[start : start + step]] = words[old[start : start + step]]
 
     def shrink(self, num_pages: int) -> int:
         """Keep only the first ``num_pages`` pages; returns the bytes given back.
