@@ -42,7 +42,7 @@ class EngineStats:
     prefix_hit_tokens: int  # of these, found in the prefix cache
     preemptions: int
     steps: int
-    prompt_tokens: int  # computed or found, of first admissions
+    prompt_tokens: int  # computed in prompts, again after a preemption too; not those that the prefix cache gave
     output_tokens: int
     requests: int
     graph_replays: int
