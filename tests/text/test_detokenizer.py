@@ -68,6 +68,14 @@ def test_random_ids_of_a_byte_level_tokenizer_give_what_the_library_gives(data):
         assert "".join(stream(make_detokenizer(tokenizer, skip_special_tokens=skip), pieces)) == want
 
 
+def test_every_token_of_a_byte_level_tokenizer_gives_what_the_library_gives():
+    tokenizer = TOKENIZERS["byte_level"]
+    for i in range(tokenizer.vocab_size):
+        for skip in (True, False):
+            got = "".join(stream(make_detokenizer(tokenizer, skip_special_tokens=skip), [[40], [i], [40]]))
+            assert got == tokenizer.decode([40, i, 40], skip_special_tokens=skip)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @exhaustive
 @given(data=st.data())
