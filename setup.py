@@ -1,9 +1,9 @@
-"""Everything declarative is in pyproject.toml. One thing is not: the wheel carries two folders from outside the package.
+"""Everything declarative is in pyproject.toml. But the wheel carries two folders from outside the package.
 
-The CUDA sources lie in rawkernels/ and the demo model in tutorials/, at the top level where people look for them. A wheel
-needs both inside the package, as cupyinfer/rawkernels and cupyinfer/demo_model. (``package-dir`` could say this too, but
-then every sub-package would have to be listed by hand, and an editable install would go through an import hook.) An
-editable install copies nothing: cupyinfer looks beside the package as well.
+The CUDA sources lie in rawkernels/ and the demo model in tutorials/, at the top level where people look for them. A
+wheel needs both inside the package, as cupyinfer/rawkernels and cupyinfer/demo_model. (``package-dir`` could say this
+too, but then every sub-package would have to be listed by hand, and an editable install would go through an import
+hook.) An editable install copies nothing: cupyinfer looks beside the package as well.
 """
 
 import shutil
