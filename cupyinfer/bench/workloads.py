@@ -66,7 +66,9 @@ def run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> tup
 
 def decode(bench: Bench, batch: int, prompt: int, out: int) -> Result:
     """TPOT in ms of ``batch`` sequences decoding ``out`` tokens after prompts of ``prompt`` tokens, greedy."""
-    ones, totals, tail = [], [], []
+    ones: list[float] = []
+    totals: list[float] = []
+    tail: list[float] = []
     run(bench.llm, bench.prompts(batch, prompt, 0), [_greedy(4)] * batch)  # compile, capture, touch the memory
     for round_ in range(bench.rounds):
         one, _ = run(bench.llm, bench.prompts(batch, prompt, 2 * round_ + 1), [_greedy(1)] * batch)
