@@ -62,6 +62,9 @@ CACHE_DIR = Variable("CUPYINFER_CACHE_DIR", Path, _default_cache, "folder for tu
 DEVICE = Variable("CUPYINFER_DEVICE", _device, "auto", "device used when --device / device= is not given")
 KERNEL_DIR = Variable("CUPYINFER_KERNEL_DIR", Path, None, "read .cu sources from this folder instead of the package's")
 NO_GRAPHS = Variable("CUPYINFER_NO_GRAPHS", _flag, False, "run decode steps eagerly instead of as CUDA graphs")
+NO_OVERLAP = Variable(
+    "CUPYINFER_NO_OVERLAP", _flag, False, "in CUDA graphs, start a kernel only when the one before has ended"
+)
 DEBUG = Variable("CUPYINFER_DEBUG", _count, 0, "1: tracebacks on the command line; 2: print every kernel launch")
 
-VARIABLES = (CACHE_DIR, DEVICE, KERNEL_DIR, NO_GRAPHS, DEBUG)
+VARIABLES = (CACHE_DIR, DEVICE, KERNEL_DIR, NO_GRAPHS, NO_OVERLAP, DEBUG)

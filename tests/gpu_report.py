@@ -23,7 +23,7 @@ OP_TESTS = ["tests/ops/test_contracts.py", "-k", "kernel_against_reference"]
 
 
 def pytest_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *arguments]
+    return [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *arguments]
 
 
 def run(command: list[str], log: Path, timeout: float) -> tuple[str, float]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from cupyinfer.errors import DeviceError
+from cupyinfer.runtime.kernels import overlapping
 
 
 class CapturedGraph:
@@ -44,7 +45,7 @@ def capture(stream: Any) -> Iterator[CapturedGraph]:
 
     result = CapturedGraph(stream)
     free_before = cupy.cuda.runtime.memGetInfo()[0]
-    with stream, cupy.cuda.using_allocator(_refuse_allocation):
+    with stream, overlapping(), cupy.cuda.using_allocator(_refuse_allocation):
         stream.begin_capture()
         try:
             yield result

@@ -13,8 +13,9 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,11 +25,13 @@ import numpy as np
 
 from cupyinfer import env
 from cupyinfer.errors import DeviceError
+from cupyinfer.runtime.overlap import can_overlap, launch_overlapping
 
 Macros = tuple[tuple[str, str], ...]
 NULL = np.uint64(0)  # a null pointer as a kernel argument
 CXX = "-std=c++17"
 SOURCES: dict[str, KernelSource] = {}
+_overlapping = False
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _SCALARS = (np.int32, np.uint32, np.int64, np.uint64, np.float32)
 
@@ -39,6 +42,8 @@ class KernelSource:
 
     ``variants`` maps each macro to its allowed values; every combination must compile (a test does so for every
     architecture). ``only`` keeps the combinations for which it returns True.
+    A file that includes common/overlap.cuh promises that each of its kernels keeps the rules written there: inside a
+    CUDA graph they may start before the kernel before them has ended.
     """
 
     path: str
@@ -48,6 +53,10 @@ class KernelSource:
 
     def __post_init__(self) -> None:
         SOURCES[self.path] = self
+
+    @property
+    def overlaps(self) -> bool:
+        return "common/overlap.cuh" in _INCLUDE.findall(read_source(self.path))
 
     def combinations(self) -> list[dict[str, Any]]:
         names = list(self.variants)
@@ -104,7 +113,8 @@ class Kernel:
         self.raw = cupy.RawKernel(
             read_source(source.path), entry, options=compile_options(source.path, macros), backend="nvrtc"
         )
-        self.shared_limit = 48 * 1024
+        self.overlaps = source.overlaps
+        self.shared_limit = 32 * 1024  # up to 48 KB need no asking, static shared memory included
 
     def compile(self) -> None:
         """Compile and load now. Raises DeviceError with the compiler's log."""
@@ -114,7 +124,7 @@ class Kernel:
             raise DeviceError(f"kernel {self.name} does not compile: {error}") from None
 
     def allow_shared(self, size: int) -> None:
-        """Dynamic shared memory above 48 KB must be asked for once per kernel."""
+        """Shared memory above 48 KB, static and dynamic together, must be asked for once per kernel."""
         if size > self.shared_limit:
             self.raw.max_dynamic_shared_size_bytes = size
             self.shared_limit = size
@@ -160,7 +170,24 @@ def launch(kernel: Kernel, grid: Iterable[int], block: Iterable[int], args: Sequ
     kernel.allow_shared(shared)
     if env_debug() >= 2:
         print(f"launch {kernel.name} grid={grid} block={block} shared={shared}", file=sys.stderr)
-    kernel.raw(grid, block, tuple(args), shared_mem=shared)
+    if kernel.overlaps and _overlapping:
+        launch_overlapping(kernel.raw.kernel.ptr, grid, block, args, shared)
+    else:
+        kernel.raw(grid, block, tuple(args), shared_mem=shared)
+
+
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Kernels launched inside may start before the one before them has ended, if they are made for it.
+
+    Used while a graph is captured: such a launch takes longer to issue from Python, which a graph does once.
+    """
+    global _overlapping
+    before, _overlapping = _overlapping, can_overlap()
+    try:
+        yield
+    finally:
+        _overlapping = before
 
 
 @cache

@@ -7,6 +7,7 @@
 //
 // Macros: DTYPE (float, fp16, bf16), ACTIVATION (silu, gelu, gelu_tanh, relu).
 #include "common/types.cuh"
+#include "common/overlap.cuh"
 
 typedef DTYPE T;
 
@@ -22,6 +23,8 @@ template <typename Vector, typename Scalar>
 __device__ __forceinline__ void along_row(int F, Vector vector, Scalar scalar) {
     constexpr int N = Width<T>::value;
     const int first = blockIdx.y * blockDim.x * N;
+    allow_next();
+    await_previous();
     if (F % N == 0) {
         const int i = first + threadIdx.x * N;
         if (i < F) vector(i);

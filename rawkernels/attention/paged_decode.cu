@@ -13,6 +13,7 @@
 //
 // Macros: DTYPE (fp16, bf16), HEAD_DIM (a multiple of 16 up to 256).
 #include "common/types.cuh"
+#include "common/overlap.cuh"
 #include "common/math.cuh"
 #include "common/async.cuh"
 #include "common/mma.cuh"
@@ -68,7 +69,7 @@ __device__ __forceinline__ void start_tile(const Cache& cache, int row, u32 stag
 }
 
 // Q of a unit straight from global memory into the A-operand layout; rows beyond the group are zero.
-__device__ __forceinline__ void begin_unit(State& state, const T* __restrict__ q, int rows) {
+__device__ __forceinline__ void begin_unit(State& state, const T* q, int rows) {
     const int lane = threadIdx.x & 31, row = lane / 4, column = 2 * (lane % 4);
     const u32* low = reinterpret_cast<const u32*>(q + row * D + column);
     const u32* high = reinterpret_cast<const u32*>(q + (row + 8) * D + column);
@@ -228,9 +229,8 @@ __device__ __forceinline__ void write_unit(const Combine& combine, int rows, boo
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
-    paged_decode(const T* __restrict__ q, const T* __restrict__ kv_cache, const int* __restrict__ tables,
-                 const int* __restrict__ context_lens, T* __restrict__ out, float* __restrict__ partial_out,
-                 float* __restrict__ partial_lse, int* __restrict__ plan, int B, int H, int K, int M, int log2_S,
+    paged_decode(const T* q, const T* kv_cache, const int* __restrict__ tables, const int* __restrict__ context_lens,
+                 T* out, float* partial_out, float* partial_lse, int* plan, int B, int H, int K, int M, int log2_S,
                  int window, int stages, float scale, float softcap) {
     extern __shared__ __align__(16) u8 shared[];  // ring of every warp, combine buffer, prefix
     __shared__ Combine combine;
@@ -242,16 +242,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
     int* prefix = reinterpret_cast<int*>(buffer + min(grouping.G, MAX_ROWS) * STRIDE);
     if (threadIdx.x == 0) combine.o = buffer;
 
+    allow_next();  // lengths and tables are inputs of the step: the work is divided while the kernel before ends
     count_tiles<TILE>(context_lens, B, window, prefix, reinterpret_cast<int*>(combine.max));
+    const int total = prefix[B] * grouping.groups, share = ceil_div(total, gridDim.x);
+    const int begin = min(total, (int)blockIdx.x * share), count = min(total, begin + share) - begin;
+    Cursor here = {}, ahead = {};
+    int row = -1, free_stage = 0;
+    if (count > 0) {
+        here = ahead = locate(begin, prefix, B, grouping.groups);
+        row = find_row(cache, ahead, grouping.kv_head(ahead.group));
+    }
+    await_previous();
     if (blockIdx.x == 0) {
         for (int b = threadIdx.x; b <= B; b += WARPS * 32) plan[b] = prefix[b];
     }
-    const int total = prefix[B] * grouping.groups, share = ceil_div(total, gridDim.x);
-    const int begin = min(total, (int)blockIdx.x * share), count = min(total, begin + share) - begin;
     if (count == 0) return;
 
-    Cursor here = locate(begin, prefix, B, grouping.groups), ahead = here;
-    int row = find_row(cache, ahead, grouping.kv_head(ahead.group)), free_stage = 0;
     const auto fetch = [&](int i) {  // start copying tile i of this block; find the row of the one after it
         if (i < count) {
             start_tile(cache, row, ring + free_stage * STAGE_BYTES);

@@ -11,6 +11,7 @@
 //
 // Macros: HEAD_DIM (a multiple of 16 up to 256).
 #include "common/types.cuh"
+#include "common/overlap.cuh"
 #include "common/reduce.cuh"
 #include "common/math.cuh"
 #include "common/async.cuh"
@@ -93,9 +94,9 @@ __device__ __forceinline__ void soften(Scores& scores, int rows) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    paged_decode_f32(const float* __restrict__ q, const float* __restrict__ kv_cache, const int* __restrict__ tables,
-                     const int* __restrict__ context_lens, float* __restrict__ out, float* __restrict__ partial_out,
-                     float* __restrict__ partial_lse, int* __restrict__ plan, int B, int H, int K, int M, int log2_S,
+    paged_decode_f32(const float* q, const float* kv_cache, const int* __restrict__ tables,
+                     const int* __restrict__ context_lens, float* out, float* partial_out, float* partial_lse,
+                     int* plan, int B, int H, int K, int M, int log2_S,
                      int window, float scale, float softcap) {
     extern __shared__ __align__(16) u8 shared[];  // two buffers, Q of the unit, prefix
     __shared__ Scores scores;
@@ -105,7 +106,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int* prefix = reinterpret_cast<int*>(unit_q + min(grouping.G, MAX_ROWS) * D);
     const Cache cache = {kv_cache, tables, context_lens, M, K, log2_S, window};
 
+    allow_next();
     count_tiles<TILE>(context_lens, B, window, prefix, scores.scratch);
+    await_previous();
     if (blockIdx.x == 0) {
         for (int b = threadIdx.x; b <= B; b += THREADS) plan[b] = prefix[b];
     }

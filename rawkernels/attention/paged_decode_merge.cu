@@ -10,17 +10,19 @@
 //
 // Macros: DTYPE (float, fp16, bf16).
 #include "common/types.cuh"
+#include "common/overlap.cuh"
 #include "common/paged_work.cuh"
 
 typedef DTYPE T;
 
 extern "C" __global__ void
-paged_decode_merge(const float* __restrict__ partial_out, const float* __restrict__ partial_lse,
-                   const int* __restrict__ plan, T* __restrict__ out, int B, int H, int K, int D, int workers) {
+paged_decode_merge(const float* partial_out, const float* partial_lse, const int* plan, T* out, int B, int H, int K, int D, int workers) {
     const int h = blockIdx.x, b = blockIdx.y, d = threadIdx.x;
     const Grouping grouping(H, K);
     const int group = grouping.group_of(h), row = grouping.row_of(h);
     T* target = out + ((i64)b * H + h) * D + d;
+    allow_next();
+    await_previous();
     const int tiles = plan[b + 1] - plan[b], share = ceil_div(plan[B] * grouping.groups, workers);
     if (tiles == 0) {
         if (d < D) *target = from_float<T>(0.0f);

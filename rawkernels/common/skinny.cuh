@@ -17,6 +17,7 @@
 // bits whatever the rows beside it are.
 #pragma once
 #include "common/mma.cuh"
+#include "common/overlap.cuh"
 #include "common/reduce.cuh"
 #include "common/stream.cuh"
 
@@ -150,6 +151,7 @@ __device__ __forceinline__ void skinny_products(Rows x_row, const T* const (&wei
     uint4* slot = reinterpret_cast<uint4*>(ring) + (threadIdx.x & 31);  // this lane's in every group of 32
 
     // Stage j of this warp starts at value (j / PER_SEGMENT * warps + warp) * SEGMENT + j % PER_SEGMENT * 2 * CHUNK.
+    allow_next();
     auto start = [&](int j) { return ((j / PER_SEGMENT) * warps + warp) * SEGMENT + (j % PER_SEGMENT) * 2 * CHUNK; };
     auto request = [&](int place, int k) {
 #pragma unroll
@@ -166,6 +168,7 @@ __device__ __forceinline__ void skinny_products(Rows x_row, const T* const (&wei
         if (start(j) < I) request(j, start(j));
         commit_copies();
     }
+    await_previous();  // the weights are on their way; the activations may only now be read
     SkinnySums<T, R, W> sums(x_row);
     sums.fetch(start(0), limit);
     int place = 0;

@@ -9,9 +9,6 @@ __device__ __forceinline__ void start_stream_copy(u32 shared, const void* global
                  : "memory");
 }
 
-// 16 bytes that are not written while the kernel runs, kept in L1 for the other warps of this multiprocessor.
-__device__ __forceinline__ uint4 load_cached(const void* p) {
-    uint4 v;
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
+// 16 bytes, kept in L1 for the other warps of this multiprocessor. Not the read-only path (ld.global.nc): with overlapping
+// kernels the data may have been written after this kernel started, see common/overlap.cuh.
+__device__ __forceinline__ uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }

@@ -6,14 +6,14 @@
 //
 // Macros: DTYPE (float, fp16, bf16).
 #include "common/types.cuh"
+#include "common/overlap.cuh"
 
 typedef DTYPE T;
 
 // out[0..E) = source[0..E) * scale + position[0..E), N values per access; position may be null. Each operation rounds
 // to T, as the 16-bit models it reproduces do. With scale 1 and no position this is an exact copy.
 template <int N>
-__device__ __forceinline__ void embed_row(const T* __restrict__ source, const T* __restrict__ position,
-                                          T* __restrict__ out, int E, float scale) {
+__device__ __forceinline__ void embed_row(const T* source, const T* position, T* out, int E, float scale) {
     for (int i = threadIdx.x * N; i < E; i += blockDim.x * N) {
         float x[N];
         load_floats<T, N>(source + i, x);
@@ -41,12 +41,16 @@ __device__ __forceinline__ void any_row(const T* source, const T* position, T* o
 extern "C" __global__ void embed(const int* token_ids, const T* table, const int* positions, const T* position_table,
                                  T* out, int E, float scale) {
     const int t = blockIdx.x;
+    allow_next();
+    await_previous();
     const T* position = position_table == nullptr ? nullptr : position_table + (i64)positions[t] * E;
     any_row(table + (i64)token_ids[t] * E, position, out + (i64)t * E, E, scale);
 }
 
 extern "C" __global__ void gather_rows(const T* x, const int* indices, T* out, int E) {
     const int n = blockIdx.x;
+    allow_next();
+    await_previous();
     any_row(x + (i64)indices[n] * E, nullptr, out + (i64)n * E, E, 1.0f);
 }
 
@@ -54,6 +58,8 @@ extern "C" __global__ void gather_rows(const T* x, const int* indices, T* out, i
 extern "C" __global__ void resolve_tokens(const int* token_ids, const int* token_rows, const int* last_tokens, int* out,
                                           int count) {
     const int t = blockIdx.x * blockDim.x + threadIdx.x;
+    allow_next();
+    await_previous();
     if (t >= count) return;
     const int row = token_rows[t];
     out[t] = row < 0 ? token_ids[t] : last_tokens[row];

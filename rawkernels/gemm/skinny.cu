@@ -7,13 +7,14 @@
 // multiprocessor. Larger TILES read the activations less often; smaller ones give more blocks. ops/gemm.py chooses.
 //
 // Macros: DTYPE (float, fp16, bf16), OUT (the same, or float), ROWS (8, 16; float: 1, 2, 4, 8), TILES (1, 2, 4).
+#include "common/overlap.cuh"
 #include "common/skinny.cuh"
 
 typedef DTYPE T;
 typedef OUT O;
 
 extern "C" __global__ void __launch_bounds__(512, sizeof(T) == 2 ? 2 : 1)
-    skinny(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias, O* __restrict__ out, int rows,
+    skinny(const T* x, const T* __restrict__ w, const T* __restrict__ bias, O* out, int rows,
            int N, int I) {
     extern __shared__ __align__(16) char shared[];
     constexpr int COLUMNS = 8 * TILES;

@@ -8,6 +8,7 @@
 //
 // Macros: DTYPE (float, fp16, bf16).
 #include "common/types.cuh"
+#include "common/overlap.cuh"
 #include "common/reduce.cuh"
 
 typedef DTYPE T;
@@ -16,13 +17,15 @@ constexpr int CHUNKS = 8;  // chunks a thread can keep in registers: rows up to 
 constexpr int MAX_THREADS = 512;  // 64 values a thread and the addresses need up to 128 registers
 
 template <bool ADD>
-__device__ __forceinline__ void norm_row(const T* __restrict__ x, T* __restrict__ residual,
-                                         const T* __restrict__ weight, T* __restrict__ out, int E, float eps,
+__device__ __forceinline__ void norm_row(const T* x, T* residual, const T* __restrict__ weight, T* out, int E, float eps,
                                          float offset) {
     __shared__ float scratch[32];
     const i64 row = (i64)blockIdx.x * E;
-    float values[CHUNKS][N];
+    float values[CHUNKS][N], first_weights[N];
     float squares = 0.0f;
+    allow_next();
+    if (threadIdx.x * N < E) load_floats<T, N>(weight + threadIdx.x * N, first_weights);  // while the last kernel ends
+    await_previous();
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
         const int i = (c * blockDim.x + threadIdx.x) * N;
@@ -45,9 +48,9 @@ __device__ __forceinline__ void norm_row(const T* __restrict__ x, T* __restrict_
         const int i = (c * blockDim.x + threadIdx.x) * N;
         if (i < E) {
             float w[N], y[N];
-            load_floats<T, N>(weight + i, w);
+            if (c > 0) load_floats<T, N>(weight + i, w);
 #pragma unroll
-            for (int j = 0; j < N; ++j) y[j] = values[c][j] * scale * (offset + w[j]);
+            for (int j = 0; j < N; ++j) y[j] = values[c][j] * scale * (offset + (c > 0 ? w[j] : first_weights[j]));
             store_floats<T, N>(out + row + i, y);
         }
     }

@@ -11,6 +11,7 @@
 //
 // Macros: DTYPE (float, fp16, bf16), VEC (values per access; divides D and Dr/2, at most 16 bytes).
 #include "common/types.cuh"
+#include "common/overlap.cuh"
 #include "common/reduce.cuh"
 
 typedef DTYPE T;
@@ -46,9 +47,9 @@ __device__ __forceinline__ T* destination(T* q_out, T* kv_cache, int slot, i64 t
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    rope_append(const T* __restrict__ qkv, const int* __restrict__ positions, const int* __restrict__ slot_mapping,
+    rope_append(const T* qkv, const int* __restrict__ positions, const int* __restrict__ slot_mapping,
                 const float* __restrict__ rope_table, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
-                T* __restrict__ q_out, T* __restrict__ kv_cache, int tokens, int H, int K, int D, int Dr, int log2_S,
+                T* q_out, T* kv_cache, int tokens, int H, int K, int D, int Dr, int log2_S,
                 int lanes, float norm_eps, float norm_offset) {
     const int heads = H + 2 * K, chunks = D / VEC, pairs = Dr / 2 / VEC;
     const int lane = threadIdx.x & (lanes - 1);
@@ -57,6 +58,8 @@ extern "C" __global__ void __launch_bounds__(128)
     const int token = exists ? unit / heads : 0, head = exists ? unit - token * heads : 0;
     const T* row = qkv + (i64)(exists ? unit : 0) * D;
 
+    allow_next();
+    await_previous();
     float a[ITEMS][VEC], b[ITEMS][VEC], squares = 0.0f;
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {

@@ -4,6 +4,7 @@
 // packed into one u64, and a warp per row takes the best of those. What a thread does is in common/gumbel_max.cuh.
 // Bound: with few rows, latency; with many, instructions (about 40 a logit: Philox, the noise bound, the comparison).
 #include "common/types.cuh"
+#include "common/overlap.cuh"
 #include "common/reduce.cuh"
 #include "common/gumbel_max.cuh"
 
@@ -23,6 +24,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int n = blockIdx.y;
     const float* row = logits + (i64)n * V;
     const float t = temperature[n];
+    allow_next();
+    await_previous();
     const int begin = blockIdx.x * chunk, end = min(V, begin + chunk);
     u64 best = t < GREEDY_BELOW ? best_greedy<THREADS>(row, begin, end)
                                 : best_random<THREADS>(row, begin, end, t, seeds[n], (u32)steps[n]);
@@ -39,6 +42,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // One warp per row.
 extern "C" __global__ void sample_final(const u64* partial, int* tokens, int splits) {
     const int n = blockIdx.x;
+    allow_next();
+    await_previous();
     u64 best = 0;
     for (int s = threadIdx.x; s < splits; s += 32) best = max(best, partial[(i64)n * splits + s]);
     best = warp_max(best);

@@ -24,14 +24,14 @@ except Exception as error:  # the library behind the binding is missing
 ARCHITECTURES = ("80", "89", "90", "100", "120")
 
 
-def compile_for(path: str, macros: dict, arch: str) -> bytes:
-    options = (f"-arch=sm_{arch}", *compile_options(path, tuple((k, str(v)) for k, v in macros.items())))
+def compile_for(path: str, macros: dict, arch: str, result: str = "getCUBIN", target: str = "") -> bytes:
+    options = (target or f"-arch=sm_{arch}", *compile_options(path, tuple((k, str(v)) for k, v in macros.items())))
     program = nvrtc.createProgram(read_source(path), path, (), ())
     try:
         nvrtc.compileProgram(program, options)
     except Exception:
         pytest.fail(f"{path} {macros} sm_{arch}:\n{nvrtc.getProgramLog(program)}")
-    return nvrtc.getCUBIN(program)
+    return getattr(nvrtc, result)(program)
 
 
 def test_every_file_is_declared():
@@ -53,6 +53,16 @@ def test_compiles_for_every_architecture(path, arch):
     every = SOURCES[path].combinations()
     for macros in (every[0], every[-1]):
         assert compile_for(path, macros, arch)
+
+
+@pytest.mark.parametrize("path", sorted(p for p in SOURCES if SOURCES[p].overlaps))
+def test_every_overlapping_kernel_waits(path):
+    """The compiled code of each kernel that may start early has both instructions of common/overlap.cuh."""
+    ptx = compile_for(path, SOURCES[path].combinations()[-1], "90", "getPTX", "-arch=compute_90")
+    bodies = ptx.decode().split(".entry ")[1:]
+    assert len(bodies) == len(SOURCES[path].entries)
+    for body in bodies:
+        assert "griddepcontrol.wait" in body and "griddepcontrol.launch_dependents" in body, body[:60]
 
 
 def test_an_undeclared_entry_is_refused():

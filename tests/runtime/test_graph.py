@@ -70,8 +70,8 @@ def test_the_cache_respects_its_budget(cupy, stream):
 
 def test_frozen_arena_refuses_to_grow(cupy):
     arena = Arena(cupy)
-    first = arena.take("x", (4, 8), np.float32)
+    first = arena.take("x", (40, 8), np.float32)
     arena.freeze()
     assert arena.take("x", (2, 8), np.float32).data.ptr == first.data.ptr
     with pytest.raises(DeviceError, match="would have to grow"):
-        arena.take("x", (5, 8), np.float32)
+        arena.take("x", (41, 8), np.float32)
