@@ -6,11 +6,14 @@ buffers across layers, so a result is valid until the next layer's call.
 
 from __future__ import annotations
 
+import numpy as np
+
 from cupyinfer.model.architecture import ModelConfig
 from cupyinfer.model.inputs import StepInputs
 from cupyinfer.model.weights import Weights
 from cupyinfer.ops.activation import activate, gate_mul
 from cupyinfer.ops.attention import paged_decode, paged_prefill
+from cupyinfer.ops.gated_linear import fits, gated_linear
 from cupyinfer.ops.gemm import linear
 from cupyinfer.ops.moe import moe_mlp, route
 from cupyinfer.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -115,17 +118,21 @@ class Mlp:
         self.up, self.up_bias = weights["up"], weights.get("up_bias")
         self.down, self.down_bias = weights["down"], weights.get("down_bias")
         self.kind, self.gated = config.activation, config.gated_mlp
+        self.fusible = self.gated and self.up_bias is None
 
     def __call__(self, x: Array, arena: Arena) -> Array:
         """x [T, E] -> [T, E]."""
         tokens, dtype = x.shape[0], x.dtype
-        wide = arena.take("up", (tokens, self.up.shape[0]), dtype)
-        linear(x, self.up, self.up_bias, out=wide, arena=arena)
         inner = arena.take("inner", (tokens, self.down.shape[1]), dtype)
-        if self.gated:
-            gate_mul(wide, self.kind, out=inner)
+        if self.fusible and type(x) is not np.ndarray and fits(x, self.up):
+            gated_linear(x, self.up, self.kind, out=inner)
         else:
-            activate(wide, self.kind, out=inner)
+            wide = arena.take("up", (tokens, self.up.shape[0]), dtype)
+            linear(x, self.up, self.up_bias, out=wide, arena=arena)
+            if self.gated:
+                gate_mul(wide, self.kind, out=inner)
+            else:
+                activate(wide, self.kind, out=inner)
         return linear(inner, self.down, self.down_bias, out=arena.take("branch", x.shape, dtype), arena=arena)
 
 

@@ -132,6 +132,8 @@ class Plan:
         _call("cublasLtMatmulDescSetAttribute", self.desc, attribute, ctypes.byref(value), ctypes.sizeof(value))
 
     def __del__(self) -> None:
+        if _function is None:  # the interpreter is shutting down; the process gives the memory back
+            return
         for destroy, handle in getattr(self, "_free", ()):
             _function(destroy)(handle)
 

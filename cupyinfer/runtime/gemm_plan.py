@@ -99,6 +99,13 @@ def skinny_plan(T: int, N: int, I: int, itemsize: int, multiprocessors: int) -> 
     return SkinnyPlan(rows, tiles, warps, cdiv(N, 8 * tiles), warps * ring_bytes(tiles))
 
 
+def gated_plan(T: int, F: int, I: int, itemsize: int, multiprocessors: int) -> SkinnyPlan:
+    """The launch shape of the skinny kernel for the 2F rows of a gate and an up projection: TILES is even."""
+    plan = skinny_plan(T, 2 * F, I, itemsize, multiprocessors)
+    tiles = max(2, plan.tiles)
+    return SkinnyPlan(plan.rows, tiles, plan.warps, cdiv(F, 4 * tiles), plan.warps * ring_bytes(tiles))
+
+
 def choose_route(T: int, N: int, I: int, dtype: Any) -> str:
     """The route that ``auto`` takes for out[T, N] = x[T, I] @ w[N, I]^T: skinny, lt or cublas.
 

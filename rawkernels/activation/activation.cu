@@ -7,16 +7,10 @@
 //
 // Macros: DTYPE (float, fp16, bf16), ACTIVATION (silu, gelu, gelu_tanh, relu).
 #include "common/types.cuh"
+#include "common/activations.cuh"
 #include "common/overlap.cuh"
 
 typedef DTYPE T;
-
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-__device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
-__device__ __forceinline__ float gelu_tanh(float x) {
-    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-}
 
 // f(i) for every value or 16-byte chunk i of this block's part of a row of F values.
 template <typename Vector, typename Scalar>

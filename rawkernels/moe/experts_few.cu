@@ -10,7 +10,7 @@
 // Bound: memory, the weights of each tile's expert once.
 //
 // Macros: DTYPE (float, fp16, bf16), GATE (0, 1), ACTIVATION (silu, gelu_tanh), ROWS (8; 16 for 16-bit types).
-#include "common/gate.cuh"
+#include "common/activations.cuh"
 #include "common/skinny.cuh"
 
 typedef DTYPE T;

@@ -11,7 +11,7 @@
 //
 // Macros: DTYPE (fp16, bf16), GATE (0, 1), ACTIVATION (silu, gelu_tanh), ROWS (64, 128).
 #include "common/async.cuh"
-#include "common/gate.cuh"
+#include "common/activations.cuh"
 #include "common/mma.cuh"
 
 typedef DTYPE T;
