@@ -32,6 +32,8 @@ class KVBlockPool(PagePool, cupy.cuda.MemoryPool):
         cupy.cuda.MemoryPool.__init__(self)
         free = cupy.cuda.runtime.memGetInfo()[0]
         try:
+            if num_pages * layout.page_bytes > free:  # said at once, before tables of so many pages are made
+                raise OutOfMemoryError
             self._reserve(num_pages, layout)
         except OutOfMemoryError:
             raise OutOfMemoryError(

@@ -80,7 +80,7 @@ def test_an_engine_alone_gives_the_same():
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("name", NAMES)
 def test_mixed_batch_on_the_gpu(name, eager):
-    engine = check_mixed(name, "cuda", enforce_eager=eager, gpu_memory_utilization=0.3)
+    engine = check_mixed(name, "cuda", enforce_eager=eager, num_gpu_blocks_override=1200)
     assert (engine.stats().graph_replays == 0) is eager
     engine.close()
 
