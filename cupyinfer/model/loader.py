@@ -14,6 +14,7 @@ from cupyinfer.model.dummy import dummy_weights
 from cupyinfer.model.hub import find_model
 from cupyinfer.model.presets import PREFIX, dummy_config
 from cupyinfer.model.tensor_files import StoredTensor
+from cupyinfer.ops.attention import HEAD_DIMS
 from cupyinfer.runtime.device import Device
 from cupyinfer.types import FLOAT_NAMES, DType, dtype_of
 
@@ -44,10 +45,8 @@ def load_model(
         raise invalid("load_format", load_format, f"auto or dummy with model={str(path_or_id)!r}")
     directory = None if preset else find_model(path_or_id)
     config = dummy_config(str(path_or_id)) if directory is None else read_config(directory)
-    if device.is_cuda and config.hidden_size % 8:
-        raise invalid(
-            "hidden_size", config.hidden_size, "a multiple of 8 on a GPU, whose kernels read 16 bytes at once"
-        )
+    if device.is_cuda:
+        _check_sizes(config)
     if directory is None or load_format == "dummy":
         kind = resolve_dtype(config, device, dtype)
         weights = dummy_weights(config, device, kind, seed, progress)
@@ -55,6 +54,17 @@ def load_model(
         kind = resolve_dtype(config, device, dtype, list_tensors(directory))
         weights = load_weights(directory, config, device, kind, progress)
     return config, Decoder(config, weights, device, kind, max_positions)
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Raise ConfigError for sizes that only the NumPy path computes."""
+    if config.hidden_size % 8:
+        raise invalid(
+            "hidden_size", config.hidden_size, "a multiple of 8 on a GPU, whose kernels read 16 bytes at once"
+        )
+    if config.head_dim not in HEAD_DIMS:
+        allowed = ", ".join(map(str, HEAD_DIMS))
+        raise invalid("head_dim", config.head_dim, f"{allowed} on a GPU, for which kernels exist (any with device=cpu)")
 
 
 def resolve_dtype(

@@ -68,7 +68,7 @@ def _attend(q, keys, values, softcap, bias=None):
 def _decode_reference(q, kv_cache, block_tables, context_lens, out, scale, window, softcap, arena=None):
     B, H, D = q.shape
     K = kv_cache.shape[2]
-    _check("paged_decode", H, K, D, kv_cache.shape[3], scale, window, softcap)
+    _check_sizes("paged_decode", H, K, kv_cache.shape[3], scale, window, softcap)
     scaled = (q.astype(np.float32, copy=False) * np.float32(scale)).reshape(B, K, H // K, D)
     for b, end in enumerate(context_lens.tolist()):
         if end == 0:
@@ -81,7 +81,7 @@ def _decode_reference(q, kv_cache, block_tables, context_lens, out, scale, windo
 def _prefill_reference(
     q, kv_cache, block_tables, query_start, context_lens, out, scale, max_query_len, window, softcap
 ):
-    _check("paged_prefill", q.shape[1], kv_cache.shape[2], q.shape[2], kv_cache.shape[3], scale, window, softcap)
+    _check_sizes("paged_prefill", q.shape[1], kv_cache.shape[2], kv_cache.shape[3], scale, window, softcap)
     starts = query_start.tolist()
     for b, end in enumerate(context_lens.tolist()):
         begin = end - (starts[b + 1] - starts[b])  # position of the first query token
@@ -117,11 +117,17 @@ def _prefill_chunk(q, out, kv_cache, table, position, scale, window, softcap):
 # --- CUDA launchers -------------------------------------------------------------------------------------------------
 @cache
 def _check(op: str, H: int, K: int, D: int, S: int, scale: float, window: int, softcap: float) -> None:
+    """What the kernels ask for beyond the contracts. Raises ContractError."""
+    if D not in HEAD_DIMS:
+        raise ContractError(f"{op}: head dim {D} is not allowed; allowed: {', '.join(map(str, HEAD_DIMS))}")
+    _check_sizes(op, H, K, S, scale, window, softcap)
+
+
+@cache
+def _check_sizes(op: str, H: int, K: int, S: int, scale: float, window: int, softcap: float) -> None:
     """What the axis letters of the contracts cannot say. Raises ContractError."""
     if H % K:
         raise ContractError(f"{op}: {H} query heads are not a multiple of {K} key/value heads")
-    if D not in HEAD_DIMS:
-        raise ContractError(f"{op}: head dim {D} is not allowed; allowed: {', '.join(map(str, HEAD_DIMS))}")
     if S & (S - 1) or not 8 <= S <= 128:
         raise ContractError(f"{op}: page size {S} is not allowed; allowed: a power of two, 8 to 128")
     for name, value, allowed in (
@@ -396,7 +402,7 @@ def paged_decode(
     [P, 2, K, S, D] through block_tables [B, M] int32. ``window`` > 0: only the last ``window`` positions. ``softcap``
     > 0: scores are soft-capped (Gemma 2). context_lens[b] == 0 gives zeros. ``arena`` holds the partial results.
     The kernels started depend on shapes alone, so the call can be captured in a graph and replayed with other lengths
-    up to M*S. D: one of HEAD_DIMS; S: a power of two, 8 to 128. Raises ContractError.
+    up to M*S. D: one of HEAD_DIMS on a GPU; S: a power of two, 8 to 128. Raises ContractError.
     """
     PAGED_DECODE(
         q=q,

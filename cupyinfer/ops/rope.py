@@ -45,7 +45,7 @@ def _rope_append_reference(
     qkv, positions, slot_mapping, kv_cache, q_out, norm_eps, norm_offset, rope_table=None, q_norm=None, k_norm=None
 ):
     H, K, S = q_out.shape[1], kv_cache.shape[2], kv_cache.shape[3]
-    _check_shapes(qkv.shape, H, K, S, None if rope_table is None else rope_table.shape[1])
+    _check_sizes(qkv.shape, H, K, S, None if rope_table is None else rope_table.shape[1])
     wide = qkv.astype(np.float32, copy=False)
     qk = wide[:, : H + K]
     if q_norm is not None or k_norm is not None:
@@ -68,12 +68,19 @@ def _rope_append_reference(
 # --- CUDA launcher --------------------------------------------------------------------------------------------------
 @cache
 def _check_shapes(qkv_shape: tuple[int, ...], H: int, K: int, S: int, rotary: int | None) -> None:
+    """What the kernel asks for beyond the contract. Raises ContractError."""
+    D = qkv_shape[2]
+    if D % 8 or not 8 <= D <= 256:
+        raise ContractError(f"rope_append: head dim {D} is not allowed; allowed: a multiple of 8 up to 256")
+    _check_sizes(qkv_shape, H, K, S, rotary)
+
+
+@cache
+def _check_sizes(qkv_shape: tuple[int, ...], H: int, K: int, S: int, rotary: int | None) -> None:
     """What the axis letters of the contract cannot say. Raises ContractError."""
     heads, D = qkv_shape[1:]
     if heads != H + 2 * K:
         raise ContractError(f"rope_append: qkv has {heads} heads; expected H + 2*K = {H} + 2*{K}")
-    if D % 8 or not 8 <= D <= 256:
-        raise ContractError(f"rope_append: head dim {D} is not allowed; allowed: a multiple of 8 up to 256")
     if rotary is not None and (rotary % 2 or not 2 <= rotary <= D):
         raise ContractError(f"rope_append: rotary dim {rotary} is not allowed; allowed: even, 2 to {D}")
     if S & (S - 1) or not 8 <= S <= 128:
@@ -189,8 +196,8 @@ def rope_append(
     row p the cosines then the sines of p times the Dr/2 frequencies, scaled as they are to be used; only the first
     Dr <= D dims turn, in pairs (i, i + Dr/2). ``q_norm``/``k_norm`` [D]: RMSNorm over each head before the rotation
     (eps ``norm_eps``, ``norm_offset`` added to the weights). Everything is computed in float32 and rounded once.
-    D: a multiple of 8 up to 256. Positions must be below C and slots below P*S (not checked: they live on the device).
-    Raises ContractError.
+    D: on a GPU a multiple of 8 up to 256. Positions must be below C and slots below P*S (not checked: they live on the
+    device). Raises ContractError.
     """
     ROPE_APPEND(
         qkv=qkv,

@@ -61,6 +61,8 @@ def test_yarn_defaults():
     assert rope.attention_factor == pytest.approx(0.1 * 1.3862943611 + 1.0)
     scaled = resolve_config(LLAMA | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}).ropes[0]
     assert scaled.attention_factor == 1.0
+    unset = resolve_config(LLAMA | {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0}}).ropes[0]
+    assert unset.attention_factor == rope.attention_factor
 
 
 def test_original_context_defaults_to_the_context():
@@ -136,6 +138,7 @@ def test_end_tokens_beyond_the_vocabulary_are_dropped():
 
 def test_fields_of_other_tools_do_no_harm():
     extra = {"use_cache": True, "_name_or_path": "x", "unsloth_version": "1", "quirk": None, "rope_interleaved": False}
+    extra |= {"max_sequence_length": 2048}  # the first Llama conversions
     assert resolve_config(LLAMA | extra) == resolve_config(LLAMA)
 
 
@@ -151,7 +154,7 @@ REFUSED = [
     (LLAMA | {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
     (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads=3.*divisor"),
     (LLAMA | {"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size=128.*multiple"),
-    (LLAMA | {"head_dim": 24}, "head_dim=24.*32, 64"),
+    (LLAMA | {"head_dim": 15}, "head_dim=15.*even"),
     (LLAMA | {"hidden_act": "xielu"}, "hidden_act='xielu'.*silu"),
     (LLAMA | {"attention_bias": "yes"}, "attention_bias"),
     (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),

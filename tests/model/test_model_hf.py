@@ -25,6 +25,7 @@ WIDE = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "
 CASES = [  # golden, fields that differ from it
     ("llama", WIDE | {"num_key_value_heads": 1, "attention_bias": True}),
     ("llama", {"head_dim": None, "hidden_size": 128, "hidden_act": "gelu"}),
+    ("llama", {"head_dim": 6}),
     ("llama3", WIDE),
     ("llama-linear", WIDE | {"num_hidden_layers": 1}),
     (
@@ -38,6 +39,8 @@ CASES = [  # golden, fields that differ from it
     ("gemma2", WIDE | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "num_hidden_layers": 3}),
     ("gemma3", WIDE | {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}),
     ("gemma3", {"final_logit_softcapping": 5.0, "attention_bias": True}),
+    ("gemma3", {"head_dim": 24}),
+    ("gpt2", {"n_embd": 36, "n_head": 4}),
     ("gpt2", {"n_inner": 80, "n_head": 1, "scale_attn_weights": False, "activation_function": "relu"}),
     ("mixtral", WIDE | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 29}),
     ("qwen3-moe", WIDE | {"decoder_sparse_step": 2, "norm_topk_prob": True, "mlp_only_layers": []}),

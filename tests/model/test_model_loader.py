@@ -107,6 +107,14 @@ def test_rows_must_be_whole_16_bytes_on_a_gpu(tmp_path):
         load_model(tmp_path, GPU, load_format="dummy")
 
 
+def test_head_dims_without_a_kernel_run_on_the_cpu_only(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"head_dim": 6}))
+    with pytest.raises(ConfigError, match="head_dim=6 is not allowed; allowed: 16, 32, .* on a GPU"):
+        load_model(tmp_path, GPU, load_format="dummy")
+    decoder = load_model(tmp_path, CPU, load_format="dummy")[1]
+    assert np.isfinite(PagedDriver(decoder).greedy([[1, 2, 3], [4]], 5, chunk=2)[0]).all()
+
+
 def test_out_of_memory_names_the_need():
     class Full:
         @staticmethod

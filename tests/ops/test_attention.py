@@ -9,7 +9,15 @@ import pytest
 
 from cupyinfer.errors import ContractError
 from cupyinfer.ops import attention
-from cupyinfer.ops.attention import HEAD_DIMS, PAGED_DECODE, PAGED_PREFILL, decode_plan, paged_decode, paged_prefill
+from cupyinfer.ops.attention import (
+    HEAD_DIMS,
+    PAGED_DECODE,
+    PAGED_PREFILL,
+    _check,
+    decode_plan,
+    paged_decode,
+    paged_prefill,
+)
 from cupyinfer.runtime.arena import Arena
 
 H100, ADA = (132, 233472), (128, 102400)  # (SMs, bytes of shared memory per SM)
@@ -133,9 +141,19 @@ def test_wrong_arguments_are_refused(change, message):
             paged_prefill(**(prefill_inputs((3, 4), (1, 1)) | change))
 
 
-def test_odd_head_dims_are_refused():
+def test_odd_head_dims_are_refused_on_a_gpu():
     with pytest.raises(ContractError, match="head dim 24 is not allowed; allowed: 16, 32, 64"):
-        paged_decode(**decode_inputs((3,), D=24))
+        _check("paged_decode", 2, 1, 24, 16, 1.0, 0, 0.0)
+
+
+@pytest.mark.parametrize("D", [2, 6, 24])
+def test_the_reference_takes_any_head_dim(D):
+    inputs = decode_inputs((1, 40), D=D)
+    paged_decode(**inputs)
+    for b, n in enumerate((1, 40)):
+        table = inputs["block_tables"][b]
+        want = slow_query(inputs["q"][b], inputs["kv_cache"], table, n - 1, inputs["scale"], 0, 0.0)
+        np.testing.assert_allclose(inputs["out"][b], want, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)

@@ -9,7 +9,6 @@ from typing import Any
 from cupyinfer.errors import ConfigError
 from cupyinfer.model.architecture import RopeConfig
 from cupyinfer.model.fields import Fields
-from cupyinfer.ops.attention import HEAD_DIMS
 
 EXPERT_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 GATED_ACTIVATIONS = EXPERT_ACTIVATIONS | {"gelu": "gelu"}
@@ -29,8 +28,8 @@ def read_sizes(fields: Fields, head_dim: int | None = None, kv_heads: int | None
         if hidden % heads:
             raise fields.error("hidden_size", hidden, f"a multiple of num_attention_heads={heads}")
         dim = hidden // heads
-    if dim not in HEAD_DIMS:
-        raise fields.error("head_dim", dim, ", ".join(map(str, HEAD_DIMS)))
+    if dim % 2:
+        raise fields.error("head_dim", dim, "an even number: rotary positions turn pairs")
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
@@ -99,7 +98,7 @@ def _yarn(part: Fields, length_ratio: float) -> dict[str, Any]:
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    over, under = part.number_or_none("mscale"), part.number_or_none("mscale_all_dim")
+    over, under = _weight(part, "mscale"), _weight(part, "mscale_all_dim")
     default = mscale(over) / mscale(under) if over and under else mscale(1.0)
     fast, slow = part.number("beta_fast", 32.0), part.number("beta_slow", 1.0)
     if fast < slow:
@@ -111,6 +110,11 @@ def _yarn(part: Fields, length_ratio: float) -> dict[str, Any]:
         "beta_slow": slow,
         "truncate": part.flag("truncate", True),
     }
+
+
+def _weight(part: Fields, name: str) -> float | None:
+    """A number > 0, or None; 0 says the same as a missing field."""
+    return part.number_or_none(name) if part.get(name) != 0 else None
 
 
 def read_token_ids(where: str, value: Any) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from typing import Any
 from cupyinfer.model.architecture import ModelConfig
 from cupyinfer.model.fields import Fields
 from cupyinfer.model.weights import Source
-from cupyinfer.ops.attention import HEAD_DIMS
 
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
@@ -40,8 +39,6 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
     if hidden % heads:
         raise fields.error("n_embd", hidden, f"a multiple of n_head={heads}")
     head_dim = hidden // heads
-    if head_dim not in HEAD_DIMS:
-        raise fields.error("n_head", heads, f"n_embd / n_head in {', '.join(map(str, HEAD_DIMS))}, not {head_dim}")
     fields.must_be("scale_attn_by_inverse_layer_idx", False)
     fields.must_be("add_cross_attention", False)
     fields.skip("reorder_and_upcast_attn")  # float32 attention scores, which is what we always compute
