@@ -14,17 +14,18 @@ from cupyinfer.errors import ConfigError
 # Training, bookkeeping, generation defaults and other back ends' hints: none changes a forward pass.
 _HARMLESS_NAMES = """
     architectures model_type transformers_version torch_dtype dtype auto_map initializer_range use_cache
-    attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop classifier_dropout dropout
-    pretraining_tp output_router_logits router_aux_loss_coef router_jitter_noise pad_token_id sep_token_id cls_token_id
+    attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop classifier_dropout dropout pretraining_tp
+    output_router_logits router_aux_loss_coef router_jitter_noise pad_token_id sep_token_id cls_token_id
     decoder_start_token_id unk_token_id bos_token_id eos_token_id forced_bos_token_id forced_eos_token_id
     task_specific_params id2label label2id num_labels problem_type finetuning_task return_dict output_hidden_states
     output_attentions torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward tokenizer_class prefix
     cache_implementation n_ctx summary_type summary_use_proj summary_activation summary_proj_to_labels
     summary_first_dropout is_llama_config transformers.js_config attn_implementation experts_implementation
-    max_sequence_length gradient_checkpointing max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_return_sequences
-    encoder_no_repeat_ngram_size bad_words_ids remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens return_dict_in_generate output_scores neftune_noise_alpha
+    max_sequence_length gradient_checkpointing max_length min_length do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size num_return_sequences encoder_no_repeat_ngram_size bad_words_ids remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens return_dict_in_generate output_scores
+    neftune_noise_alpha
 """
 _HARMLESS = frozenset(_HARMLESS_NAMES.split())
 _HARMLESS_PATTERN = re.compile(r"_.*|unsloth.*")  # private keys and a fine-tuning tool's marks
