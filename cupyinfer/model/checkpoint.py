@@ -30,15 +30,15 @@ _CHUNK_BYTES = 32 * 1024 * 1024  # of a staging buffer
 
 # --- what is on disk ------------------------------------------------------------------------------------------------
 def list_tensors(directory: str | Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model directory: model.safetensors, or the shards that its index names.
+    """Every tensor of a model directory: model.safetensors, or the shards that its index names (transformers' order).
 
     Raises CheckpointError when files are missing, cut off, or contradict the index.
     """
     directory = Path(directory)
-    if (directory / _INDEX).is_file():
-        return _list_sharded(directory)
     if (directory / _SINGLE).is_file():
         return read_header(directory / _SINGLE)
+    if (directory / _INDEX).is_file():
+        return _list_sharded(directory)
     pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pth"))
     if pickles:
         raise CheckpointError(

@@ -76,16 +76,27 @@ def test_fused_rows_are_in_order():
     assert np.array_equal(weights["layers.0.up"], np.concatenate(parts))
 
 
-def test_stacked_experts_are_read_too(copied):
-    """The layout of transformers 5's own modules: one tensor for all experts of a layer."""
-    directory = copied("qwen3-moe")
+@pytest.mark.parametrize(
+    "name, layers, experts, block, parts",
+    [
+        ("qwen3-moe", (0, 2), 8, "mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("mixtral", (0, 1), 4, "block_sparse_moe", ("w1", "w3", "w2")),
+    ],
+)
+def test_stacked_experts_are_read_too(copied, name, layers, experts, block, parts):
+    """The layout and names of transformers 5's own modules: one tensor for all experts of a layer.
+
+    The file is written beside the shards of the checkpoint: like transformers we read model.safetensors first.
+    """
+    directory = copied(name)
     arrays = {name: bits(stored) for name, stored in list_tensors(directory).items()}
-    for layer in (0, 2):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        pop = lambda x, kind, prefix=prefix: arrays.pop(f"{prefix}.{x}.{kind}_proj.weight")
-        both = [np.concatenate([pop(x, "gate"), pop(x, "up")]) for x in range(8)]
-        arrays[f"{prefix}.gate_up_proj"] = np.stack(both)
-        arrays[f"{prefix}.down_proj"] = np.stack([pop(x, "down") for x in range(8)])
+    for layer in layers:
+        theirs, new = f"model.layers.{layer}.{block}", f"model.layers.{layer}.mlp"
+        pop = lambda x, part, prefix=theirs: arrays.pop(f"{prefix}.experts.{x}.{part}.weight")
+        both = [np.concatenate([pop(x, parts[0]), pop(x, parts[1])]) for x in range(experts)]
+        arrays[f"{new}.experts.gate_up_proj"] = np.stack(both)
+        arrays[f"{new}.experts.down_proj"] = np.stack([pop(x, parts[2]) for x in range(experts)])
+        arrays[f"{new}.gate.weight"] = arrays.pop(f"{theirs}.gate.weight")
     want = load(directory)
     write_bfloat16(directory / "model.safetensors", arrays)
     got = load(directory)

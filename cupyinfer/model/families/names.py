@@ -77,12 +77,13 @@ def _experts(
 ) -> Iterator[Source]:
     """Per-expert matrices, as hubs store them, or already stacked, as transformers 5 holds them in memory."""
     F = config.moe_intermediate_size
-    yield Source(f"{theirs}{names.block}.gate.weight", f"{ours}router")
-    stacked = f"{theirs}{names.block}.experts.gate_up_proj"
+    stacked = f"{theirs}mlp.experts.gate_up_proj"
     if stacked in present:
+        yield Source(f"{theirs}mlp.gate.weight", f"{ours}router")
         yield Source(stacked, f"{ours}experts_gate_up")
-        yield Source(f"{theirs}{names.block}.experts.down_proj", f"{ours}experts_down")
+        yield Source(f"{theirs}mlp.experts.down_proj", f"{ours}experts_down")
         return
+    yield Source(f"{theirs}{names.block}.gate.weight", f"{ours}router")
     for x in range(config.num_experts):
         expert = f"{theirs}{names.block}.experts.{x}."
         parts = [(f"{expert}{names.gate}.weight", F), (f"{expert}{names.up}.weight", F)]
