@@ -12,6 +12,8 @@ from cupyinfer.types import FLOAT_NAMES, Array, dtype_of
 
 ROUTES = ("auto", "skinny", "lt", "cublas", "cupy")
 SKINNY_ROWS = {2: 16, 4: 8}  # rows that the skinny kernel takes, by the item size of its inputs
+_SMALL_WEIGHT = 4 << 20  # values; with 9 to 16 rows the libraries are faster on larger ones
+_MOST_SHARED = 96 * 1024  # bytes of a block, so that two fit a multiprocessor
 _RING_STAGES = {1: 4, 2: 4, 4: 3}  # by TILES, as skinny_stages in rawkernels/common/skinny.cuh
 
 
@@ -84,14 +86,19 @@ def ring_bytes(tiles: int) -> int:
 def skinny_plan(T: int, N: int, I: int, itemsize: int, multiprocessors: int) -> SkinnyPlan:
     """The launch shape for out[T, N] = x[T, I] @ w[N, I]^T.
 
-    A block computes 8 * tiles outputs; more tiles read the activations less often, but every multiprocessor should have
-    two blocks. The warps of a block share I in segments of 512 bytes; their number depends on N and I alone, so that
-    the order of additions, hence every bit of a row's result, does not depend on how many rows there are.
+    A block computes 8 * tiles outputs; more tiles read the activations less often, but there should be one and a
+    half blocks for each multiprocessor. The warps of a block share I in segments of 512 bytes; their number depends on N and I alone, so that
+    the order of additions, hence every bit of a row's result, does not depend on how many rows there are. The bounds
+    were measured on an H200 (``python -m cupyinfer.bench.gemm --mode sweep``, docs/performance-log.md).
     """
-    most = 16 if cdiv(N, 8) < 2 * multiprocessors else 8  # few blocks: more warps in each keep more bytes in flight
+    blocks = cdiv(N, 8) / multiprocessors
+    # few blocks: more warps in each keep more bytes in flight; very many: big ones, whose starts and ends are rarer
+    most = 16 if blocks < 2 or blocks >= 8 else 12
     warps = split_warps(I * itemsize, most)
-    tiles = 1 if T <= 4 else 2 if T <= 8 else 4
-    while tiles > 1 and cdiv(N, 8 * tiles) < 2 * multiprocessors:
+    tiles = 4 if T > 8 else 1 if blocks >= 8 else 2
+    while tiles > 1 and cdiv(N, 8 * tiles) < 1.5 * multiprocessors:
+        tiles //= 2
+    while warps * ring_bytes(tiles) > _MOST_SHARED:
         tiles //= 2
     rows = 8 if T <= 8 else 16
     if itemsize == 4:
@@ -102,19 +109,19 @@ def skinny_plan(T: int, N: int, I: int, itemsize: int, multiprocessors: int) -> 
 def gated_plan(T: int, F: int, I: int, itemsize: int, multiprocessors: int) -> SkinnyPlan:
     """The launch shape of the skinny kernel for the 2F rows of a gate and an up projection: TILES is even."""
     plan = skinny_plan(T, 2 * F, I, itemsize, multiprocessors)
-    tiles = max(2, plan.tiles)
-    return SkinnyPlan(plan.rows, tiles, plan.warps, cdiv(F, 4 * tiles), plan.warps * ring_bytes(tiles))
+    tiles, warps = max(2, plan.tiles), split_warps(I * itemsize, 12)
+    return SkinnyPlan(plan.rows, tiles, warps, cdiv(F, 4 * tiles), warps * ring_bytes(tiles))
 
 
 def choose_route(T: int, N: int, I: int, dtype: Any) -> str:
     """The route that ``auto`` takes for out[T, N] = x[T, I] @ w[N, I]^T: skinny, lt or cublas.
 
-    skinny for up to 16 rows of a 16-bit type and 8 of float32 when rows are multiples of 16 bytes; above that cuBLASLt,
-    or cuBLAS where rows are not aligned to 16 bytes, for which cuBLASLt has few algorithms.
+    skinny for up to 8 rows, and up to 16 of a small 16-bit weight, when rows are multiples of 16 bytes; above that
+    cuBLASLt, or cuBLAS where rows are not aligned to 16 bytes, for which cuBLASLt has few algorithms.
     """
     itemsize = dtype_of(dtype).itemsize
     width = 16 // itemsize
-    max_rows = SKINNY_ROWS[itemsize]
-    if I % width == 0 and max_rows >= T:
+    most = SKINNY_ROWS[itemsize] if N * I <= _SMALL_WEIGHT else 8
+    if I % width == 0 and most >= T:
         return "skinny"
     return "lt" if I % width == 0 and N % width == 0 else "cublas"

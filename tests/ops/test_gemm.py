@@ -91,7 +91,9 @@ def test_config_refuses_tf32_in_our_own_kernel():
 
 def test_choice_of_route():
     assert choose_route(1, 4096, 4096, "bfloat16") == "skinny"
-    assert choose_route(16, 4097, 4096, "float16") == "skinny"
+    assert choose_route(8, 4097, 4096, "float16") == "skinny"
+    assert choose_route(16, 4096, 1024, "float16") == "skinny"
+    assert choose_route(16, 4096, 4096, "float16") == "lt"
     assert choose_route(17, 4096, 4096, "float16") == "lt"
     assert choose_route(8, 64, 64, "float32") == "skinny"
     assert choose_route(9, 64, 64, "float32") == "lt"
@@ -110,7 +112,7 @@ def test_launch_shape_fits_every_gpu(shape, multiprocessors, itemsize):
         assert plan.rows >= t and plan.rows in ((8, 16) if itemsize == 2 else (1, 2, 4, 8))
         assert plan.blocks * 8 * plan.tiles >= N > (plan.blocks - 1) * 8 * plan.tiles
         assert 1 <= plan.warps <= 16 and plan.shared <= 99 * 1024  # the least of sm_80 to sm_120
-        assert plan.tiles == 1 or plan.blocks >= 2 * multiprocessors
+        assert plan.tiles == 1 or plan.blocks >= 1.5 * multiprocessors
         assert (plan.warps - 1) * 512 < I * itemsize, "a warp would have nothing to do"
     assert len({plan.warps for plan in plans.values()}) == 1, "the order of additions would depend on the rows"
 
