@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from cupyinfer.ops.embedding import embed, gather_rows, resolve_tokens
 from cupyinfer.ops.gemm import linear
 from cupyinfer.runtime.arena import Arena
 from cupyinfer.runtime.device import Device
+from cupyinfer.runtime.threads import blas_threads, wants_all_threads
 from cupyinfer.types import Array, DType
 
 
@@ -41,6 +43,7 @@ class Decoder:
             rope: device.xp.asarray(rope_table(rope, max_positions or config.max_position_embeddings))
             for rope in set(config.ropes)
         }
+        self._largest = max(w.size for name, w in weights.items() if name.startswith("layers."))
         self._layers = [self._layer(index) for index in range(config.num_layers)]
         # the norm after layer i is the first one of layer i + 1, fused with layer i's residual addition
         self._next_norms = [layer.attn_norm for layer in self._layers[1:]] + [Norm(config, weights, "final_norm")]
@@ -50,6 +53,12 @@ class Decoder:
         own = {name.removeprefix(prefix): w for name, w in self.weights.items() if name.startswith(prefix)}
         table = self._rope_tables[self.config.ropes[index]] if self.config.ropes else None
         return DecoderLayer(self.config, own, index, table)
+
+    def _threads(self, rows: int, weight_values: int) -> AbstractContextManager[None]:
+        """On the CPU, one BLAS thread where more would only get in each other's way."""
+        if self.device.is_cuda or wants_all_threads(rows, weight_values):
+            return nullcontext()
+        return blas_threads(1)
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +72,10 @@ class Decoder:
 
     def hidden(self, step: StepInputs, kv_caches: Sequence[Array], arena: Arena) -> Array:
         """Run every layer: the hidden state [T, E] of each token after the final norm."""
+        with self._threads(step.num_tokens, self._largest):
+            return self._hidden(step, kv_caches, arena)
+
+    def _hidden(self, step: StepInputs, kv_caches: Sequence[Array], arena: Arena) -> Array:
         tokens = step.num_tokens
         shape = (tokens, self.config.hidden_size)
         ids = arena.take("tokens", (tokens,), "int32")
@@ -89,7 +102,8 @@ class Decoder:
         picked = arena.take("picked", (rows, hidden.shape[1]), hidden.dtype)
         gather_rows(hidden, indices, out=picked)
         logits = arena.take("logits", (rows, self.config.vocab_size), "float32")
-        linear(picked, self._head, out=logits, arena=arena)
+        with self._threads(rows, self._head.size):
+            linear(picked, self._head, out=logits, arena=arena)
         if self.config.logit_softcap:
             softcap(logits, self.config.logit_softcap, out=logits)
         return logits

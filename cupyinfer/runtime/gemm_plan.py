@@ -86,10 +86,10 @@ def ring_bytes(tiles: int) -> int:
 def skinny_plan(T: int, N: int, I: int, itemsize: int, multiprocessors: int) -> SkinnyPlan:
     """The launch shape for out[T, N] = x[T, I] @ w[N, I]^T.
 
-    A block computes 8 * tiles outputs; more tiles read the activations less often, but there should be one and a
-    half blocks for each multiprocessor. The warps of a block share I in segments of 512 bytes; their number depends on N and I alone, so that
-    the order of additions, hence every bit of a row's result, does not depend on how many rows there are. The bounds
-    were measured on an H200 (``python -m cupyinfer.bench.gemm --mode sweep``, docs/performance-log.md).
+    A block computes 8 * tiles outputs; more tiles read the activations less often, but there should be one and a half
+    blocks for each multiprocessor. The warps of a block share I in segments of 512 bytes; their number depends on N and
+    I alone, so that the order of additions, hence every bit of a row's result, does not depend on how many rows there
+    are. The bounds were measured on an H200 (``python -m cupyinfer.bench.gemm --mode sweep``).
     """
     blocks = cdiv(N, 8) / multiprocessors
     # few blocks: more warps in each keep more bytes in flight; very many: big ones, whose starts and ends are rarer
