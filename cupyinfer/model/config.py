@@ -63,17 +63,19 @@ def resolve_config(config: Any, generation: Any = None) -> ModelConfig:
 
 
 def find_family(fields: Fields) -> Family:
-    """The family that ``architectures`` names, or ``model_type`` when there is no such list."""
-    names = fields.get("architectures")
+    """The family that ``architectures`` names, or ``model_type`` when there is no such list; the two must agree."""
+    names, kind = fields.get("architectures"), fields.get("model_type")
     if names is None:
-        kind = fields.get("model_type")
         found = [family for family in FAMILIES.values() if family.model_type == kind]
         if not found:
             raise fields.error("model_type", kind, ", ".join(f.model_type for f in FAMILIES.values()))
         return found[0]
     if not isinstance(names, list) or not names or names[0] not in FAMILIES:
         raise fields.error("architectures", names, f"[one of {', '.join(FAMILIES)}]")
-    return FAMILIES[names[0]]
+    family = FAMILIES[names[0]]
+    if kind not in (None, family.model_type):
+        raise fields.error("model_type", kind, f"{family.model_type} with architectures={names!r}")
+    return family
 
 
 def _dtype(fields: Fields) -> str:

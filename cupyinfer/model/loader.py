@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cupyinfer.errors import ConfigError, invalid
+from cupyinfer.errors import ConfigError, OutOfMemoryError, invalid
 from cupyinfer.model.architecture import ModelConfig
 from cupyinfer.model.checkpoint import Progress, list_tensors, load_weights
 from cupyinfer.model.config import read_config
@@ -14,7 +14,9 @@ from cupyinfer.model.dummy import dummy_weights
 from cupyinfer.model.hub import find_model
 from cupyinfer.model.presets import PREFIX, dummy_config
 from cupyinfer.model.tensor_files import StoredTensor
+from cupyinfer.model.weights import Weights
 from cupyinfer.ops.attention import HEAD_DIMS
+from cupyinfer.ops.moe import MAX_CHOICES, MAX_EXPERTS
 from cupyinfer.runtime.device import Device
 from cupyinfer.types import FLOAT_NAMES, DType, dtype_of
 
@@ -45,23 +47,36 @@ def load_model(
         raise invalid("load_format", load_format, f"auto or dummy with model={str(path_or_id)!r}")
     directory = None if preset else find_model(path_or_id)
     config = dummy_config(str(path_or_id)) if directory is None else read_config(directory)
-    if device.is_cuda:
-        _check_sizes(config)
+    _check_sizes(config, device.is_cuda)
     if directory is None or load_format == "dummy":
         kind = resolve_dtype(config, device, dtype)
         weights = dummy_weights(config, device, kind, seed, progress)
     else:
         kind = resolve_dtype(config, device, dtype, list_tensors(directory))
         weights = load_weights(directory, config, device, kind, progress)
-    return config, Decoder(config, weights, device, kind, max_positions)
+    return config, _make_decoder(config, weights, device, kind, max_positions or config.max_position_embeddings)
 
 
-def _check_sizes(config: ModelConfig) -> None:
-    """Raise ConfigError for sizes that only the NumPy path computes."""
-    if config.hidden_size % 8:
-        raise invalid(
-            "hidden_size", config.hidden_size, "a multiple of 8 on a GPU, whose kernels read 16 bytes at once"
-        )
+def _make_decoder(config: ModelConfig, weights: Weights, device: Device, dtype: DType, positions: int) -> Decoder:
+    """Raises OutOfMemoryError when the rotary tables of so many positions do not fit."""
+    try:
+        return Decoder(config, weights, device, dtype, positions)
+    except MemoryError as error:  # CuPy's out-of-memory error is one too
+        raise OutOfMemoryError(
+            f"rotary tables of {positions} positions do not fit on {device} ({error}); lower max_model_len"
+        ) from None
+
+
+def _check_sizes(config: ModelConfig, on_gpu: bool) -> None:
+    """Raise ConfigError for sizes that the ops cannot compute; the NumPy path takes almost any."""
+    for name, most in (("num_experts", MAX_EXPERTS), ("experts_per_token", MAX_CHOICES)):
+        if getattr(config, name) > most:
+            raise invalid(name, getattr(config, name), f"at most {most}")
+    if not on_gpu:
+        return
+    for name in ("hidden_size", "moe_intermediate_size"):
+        if getattr(config, name) % 8:
+            raise invalid(name, getattr(config, name), "a multiple of 8 on a GPU, whose kernels read 16 bytes at once")
     if config.head_dim not in HEAD_DIMS:
         allowed = ", ".join(map(str, HEAD_DIMS))
         raise invalid("head_dim", config.head_dim, f"{allowed} on a GPU, for which kernels exist (any with device=cpu)")

@@ -228,6 +228,12 @@ MOE_MLP = Op(
 
 
 # --- public functions -----------------------------------------------------------------------------------------------
+def _check_sizes(X: int, E: int, F: int) -> None:
+    """What the kernels ask for beyond the contract. Raises ContractError."""
+    if X > MAX_EXPERTS or E % 8 or F % 8:
+        raise ContractError(f"moe_mlp: X={X}, E={E}, F={F}; allowed: X <= {MAX_EXPERTS}, E and F multiples of 8")
+
+
 def route(logits: Array, top_k: int, renormalise: bool, *, weights: Array, experts: Array) -> tuple[Array, Array]:
     """Choose ``top_k`` experts for each token.
 
@@ -259,14 +265,13 @@ def moe_mlp(
     """The weighted sum of the chosen experts' gated MLPs for each token; x and out [T, E].
 
     weights [T, k] float32, experts [T, k] int32 (an index outside 0..X-1 adds nothing), gate_up [X, 2F, E] (gate rows
-    first), down [X, E, F], kind ``silu`` or ``gelu_tanh``; X <= 256, E and F multiples of 8. Sums are float32; the
-    choices are added in their order, so the same bits every time. ``arena`` gives the scratch memory on a GPU. Raises
-    ContractError. Source: Hugging Face MixtralExperts, Qwen3MoeExperts.
+    first), down [X, E, F], kind ``silu`` or ``gelu_tanh``; on a GPU X <= 256, E and F multiples of 8. Sums are float32;
+    the choices are added in their order, so the same bits every time. ``arena`` gives the scratch memory on a GPU.
+    Raises ContractError. Source: Hugging Face MixtralExperts, Qwen3MoeExperts.
     """
     if kind not in KINDS:
         raise invalid("kind", kind, ", ".join(KINDS))
-    X, E, F = down.shape
-    if X > MAX_EXPERTS or E % 8 or F % 8:
-        raise ContractError(f"moe_mlp: X={X}, E={E}, F={F}; allowed: X <= {MAX_EXPERTS}, E and F multiples of 8")
+    if not isinstance(down, np.ndarray):
+        _check_sizes(*down.shape)
     MOE_MLP(x=x, weights=weights, experts=experts, gate_up=gate_up, down=down, out=out, kind=kind, arena=arena)
     return out

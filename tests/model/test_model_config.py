@@ -25,7 +25,8 @@ LLAMA = {
     "eos_token_id": 2,
     "bos_token_id": 1,
 }
-GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "head_dim": 32, "num_hidden_layers": 7, "sliding_window": 64}
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+GEMMA3 |= {"head_dim": 32, "num_hidden_layers": 7, "sliding_window": 64}
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "vocab_size": 99, "n_embd": 64, "n_layer": 1, "n_head": 2}
 GPT2 |= {"n_positions": 128}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -33,7 +34,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 
 def family(architecture: str, **fields) -> dict:
-    return LLAMA | {"architectures": [architecture]} | fields
+    return LLAMA | {"architectures": [architecture], "model_type": None} | fields
 
 
 def test_llama():
@@ -145,6 +146,7 @@ def test_fields_of_other_tools_do_no_harm():
 REFUSED = [
     (LLAMA | {"architectures": ["T5ForConditionalGeneration"]}, "architectures.*LlamaForCausalLM"),
     (LLAMA | {"architectures": "LlamaForCausalLM"}, "architectures"),
+    (LLAMA | {"model_type": "mistral"}, "model_type='mistral'.*llama with architectures"),
     ({"model_type": "bert"}, "model_type='bert'.*gemma3_text"),
     ({key: value for key, value in LLAMA.items() if key != "hidden_size"}, "hidden_size is missing"),
     (LLAMA | {"hidden_size": "128"}, "hidden_size='128'.*integer"),
@@ -163,6 +165,7 @@ REFUSED = [
     (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope_scaling: field factor is missing"),
     (LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
     (LLAMA | {"rope_scaling": YARN | {"beta_fast": 0.5}}, "beta_fast"),
+    (LLAMA | {"rope_scaling": YARN, "rope_theta": 1}, "rope_theta=1.0.*> 1"),
     (LLAMA | {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section"),
     (LLAMA | {"rope_scaling": [1]}, "rope_scaling must hold a JSON object"),
     (LLAMA | {"layer_types": ["full_attention"]}, "layer_types.*4 entries"),

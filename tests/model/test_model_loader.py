@@ -115,6 +115,27 @@ def test_head_dims_without_a_kernel_run_on_the_cpu_only(tmp_path):
     assert np.isfinite(PagedDriver(decoder).greedy([[1, 2, 3], [4]], 5, chunk=2)[0]).all()
 
 
+def test_moe_sizes_are_checked_before_the_weights_are_read(tmp_path):
+    moe = TINY | {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2}
+    for fields, device, message in (
+        ({"num_local_experts": 257}, CPU, "num_experts=257 is not allowed; allowed: at most 256"),
+        ({"num_local_experts": 64, "num_experts_per_tok": 33}, CPU, "experts_per_token=33.*at most 32"),
+        ({"intermediate_size": 20}, GPU, "moe_intermediate_size=20.*multiple of 8"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(moe | fields))
+        with pytest.raises(ConfigError, match=message):
+            load_model(tmp_path, device, load_format="dummy")
+    (tmp_path / "config.json").write_text(json.dumps(moe | {"intermediate_size": 20}))
+    load_model(tmp_path, CPU, load_format="dummy")
+
+
+def test_a_context_too_long_for_memory_is_one_clear_error(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"max_position_embeddings": 10**15}))
+    with pytest.raises(OutOfMemoryError, match="tables of 1000000000000000 positions .* lower max_model_len"):
+        load_model(tmp_path, CPU, load_format="dummy")
+    load_model(tmp_path, CPU, load_format="dummy", max_positions=100)
+
+
 def test_out_of_memory_names_the_need():
     class Full:
         @staticmethod

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cupyinfer.errors import ConfigError, ContractError
-from cupyinfer.ops.moe import moe_mlp, moe_plan, route
+from cupyinfer.ops.moe import _check_sizes, moe_mlp, moe_plan, route
 from cupyinfer.runtime.arena import Arena
 from cupyinfer.types import BFLOAT16
 
@@ -89,13 +89,21 @@ def test_an_expert_outside_the_range_adds_nothing():
     np.testing.assert_allclose(out, slow_moe(x, weights, experts, gate_up, down, silu), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("E, F", [(12, 24), (16, 20), (3, 5)])
+def test_the_reference_takes_any_width(E, F):
+    args = problem(3, 4, 2, E, F)
+    out = np.full((3, E), np.nan, np.float32)
+    moe_mlp(*args, out=out)
+    np.testing.assert_allclose(out, slow_moe(*args, silu), rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_arguments_are_refused():
     x, weights, experts, gate_up, down = problem(2, 4, 2, 16, 24)
     out = np.zeros((2, 16), np.float32)
     with pytest.raises(ConfigError, match=r"kind='relu' is not allowed; allowed: silu, gelu_tanh"):
         moe_mlp(x, weights, experts, gate_up, down, "relu", out=out)
     with pytest.raises(ContractError, match="F multiples of 8"):
-        moe_mlp(x, weights, experts, gate_up[:, :40], np.ascontiguousarray(down[:, :, :20]), out=out)
+        _check_sizes(4, 16, 20)
     with pytest.raises(ContractError, match="gate_up"):
         moe_mlp(x, weights, experts, gate_up[:, :40], down, out=out)
     with pytest.raises(ContractError, match="experts has dtype int64"):

@@ -75,6 +75,8 @@ def resolve_rope(part: Fields, fields: Fields, head_dim: int, theta: float) -> R
     if kind == "linear":
         common["factor"] = part.number("factor")
     elif kind in ("llama3", "yarn"):
+        if common["theta"] <= 1:  # their ramps need waves of growing length
+            raise part.error("rope_theta", common["theta"], "a number > 1")
         longest = fields.integer("max_position_embeddings")
         common["original_max_positions"] = fields.integer(
             "original_max_position_embeddings", part.integer("original_max_position_embeddings", longest)
