@@ -19,6 +19,7 @@ from cupyinfer.types import FLOAT_NAMES
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 LOGITS_ROWS = 256  # rows of logits [N, V] that a step may always ask for: prompt logprobs come in slices of this many
+_SEQUENCES = 256  # default of max_num_seqs
 _CPU_CACHE_BYTES = 1 << 30  # default upper bound of the KV cache in host memory
 _CPU_CACHE_SEQUENCES = 8  # default size of the KV cache in host memory, in sequences of full length
 
@@ -33,7 +34,7 @@ class EngineConfig:
     load_format: str = "auto"  # auto, safetensors, dummy (random weights)
     tokenizer: str | None = None  # folder, file or hub id; None: the model's
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's, or what memory allows
-    max_num_seqs: int = 256  # sequences that run at once
+    max_num_seqs: int | None = None  # sequences that run at once; None: 256, or the tokens of a step if these are fewer
     max_num_batched_tokens: int | None = None  # tokens of one step; None: 8192 on a GPU, 2048 on a CPU
     block_size: int = 16  # tokens per KV page
     gpu_memory_utilization: float = 0.9  # share of the device's memory for weights, scratch and KV pages together
@@ -55,14 +56,18 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._check_choices()
-        self._check_integer("max_num_seqs", 1, 65535)
         self._check_integer("seed", 0, 2**64 - 1)
-        for name, least in (("max_model_len", 2), ("max_num_batched_tokens", 1), ("num_gpu_blocks_override", 1)):
+        for name, least, most in (
+            ("max_num_seqs", 1, 65535),
+            ("max_model_len", 2, 2**31 - 1),
+            ("max_num_batched_tokens", 1, 2**31 - 1),
+            ("num_gpu_blocks_override", 1, 2**31 - 1),
+        ):
             if getattr(self, name) is not None:
-                self._check_integer(name, least, 2**31 - 1)
-        budget = self.max_num_batched_tokens
-        if budget is not None and budget < self.max_num_seqs:
-            raise invalid("max_num_batched_tokens", budget, f"an integer >= max_num_seqs ({self.max_num_seqs})")
+                self._check_integer(name, least, most)
+        budget, rows = self.max_num_batched_tokens, self.max_num_seqs
+        if budget is not None and rows is not None and budget < rows:
+            raise invalid("max_num_batched_tokens", budget, f"an integer >= max_num_seqs ({rows})")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
             raise invalid("gpu_memory_utilization", share, "a number > 0 and <= 1")
@@ -122,8 +127,8 @@ def step_limits(config: EngineConfig, on_gpu: bool, model_context: int) -> StepL
     length = config.max_model_len or model_context
     if length > model_context:
         raise invalid("max_model_len", length, f"at most {model_context}, the context that the model was made for")
-    budget = config.max_num_batched_tokens or max(8192 if on_gpu else 2048, config.max_num_seqs)
-    return StepLimits(length, config.max_num_seqs, budget, config.block_size)
+    budget = config.max_num_batched_tokens or max(8192 if on_gpu else 2048, config.max_num_seqs or 0)
+    return StepLimits(length, config.max_num_seqs or min(_SEQUENCES, budget), budget, config.block_size)
 
 
 def cpu_blocks(limits: StepLimits, page_bytes: int) -> int:

@@ -10,7 +10,7 @@ from cupyinfer.config import EngineConfig, EnginePlan, StepLimits, cpu_blocks, g
 from cupyinfer.engine.batch import Batch, idle_batch
 from cupyinfer.engine.runner import Model, Progress, Runner
 from cupyinfer.errors import OutOfMemoryError
-from cupyinfer.ops.logits import MAX_TOP
+from cupyinfer.ops.logits import MAX_TOP, MAX_VOCAB
 from cupyinfer.ops.sampling import sample_filtered
 from cupyinfer.runtime.arena import Arena
 from cupyinfer.runtime.device import Device
@@ -93,6 +93,8 @@ def _prompts(plan: EnginePlan, tokens: int) -> Batch:
 
 def _sample_every_way(runner: Runner) -> None:
     """Reserve the scratch of filters and log-probabilities for the most rows."""
+    if runner.vocab_size > MAX_VOCAB:  # requests that want them are refused
+        return
     xp, arena, rows, vocab = runner.device.xp, runner.arena, runner.plan.max_num_seqs, runner.vocab_size
     logits = arena.take("raw_logits", (rows, vocab), np.float32)
     logits.fill(0)

@@ -9,6 +9,8 @@ import numpy as np
 
 from cupyinfer.engine.sequence import Sequence
 
+_TINY, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 
 class RowTable:
     """R rows. A row is assigned when a sequence starts to run and free again when it finishes or is preempted."""
@@ -52,11 +54,11 @@ class RowTable:
         self.prompt_len[row] = sequence.prompt_len
         self.literal_len[row] = sequence.literal_len
         self.seed[row] = sequence.seed
-        self.temperature[row] = 0.0 if params.greedy else params.temperature
+        self.temperature[row] = 0.0 if params.greedy else min(params.temperature, _MOST)
         self.top_k[row] = max(0, params.top_k)
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
-        self.repetition_penalty[row] = params.repetition_penalty
+        self.repetition_penalty[row] = max(params.repetition_penalty, _TINY)
         self.presence_penalty[row] = params.presence_penalty
         self.frequency_penalty[row] = params.frequency_penalty
         self.filtered[row] = params.filtered

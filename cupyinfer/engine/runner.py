@@ -21,9 +21,9 @@ from cupyinfer.config import EnginePlan
 from cupyinfer.engine.batch import Batch, idle_batch
 from cupyinfer.engine.runner_io import DeviceInputs, Inputs, Results, host_inputs
 from cupyinfer.engine.sampling import Special
-from cupyinfer.errors import OutOfMemoryError
+from cupyinfer.errors import OutOfMemoryError, RequestError
 from cupyinfer.model.inputs import StepInputs
-from cupyinfer.ops.logits import apply_bias, apply_penalties, logprobs
+from cupyinfer.ops.logits import MAX_VOCAB, apply_bias, apply_penalties, logprobs
 from cupyinfer.ops.sampling import sample_filtered, sample_simple
 from cupyinfer.ops.sampling_state import count_prompt, count_tokens, store_last
 from cupyinfer.runtime.arena import Arena
@@ -218,7 +218,16 @@ class Runner:
 
     # --- token counts -----------------------------------------------------------------------------------------------
     def prepare(self, params: SamplingParams) -> None:
-        """Make what a request with these parameters needs. Raises OutOfMemoryError; nothing else is disturbed."""
+        """Make what a request with these parameters needs.
+
+        Raises RequestError, OutOfMemoryError; nothing else is disturbed.
+        """
+        scored = params.logprobs is not None or params.prompt_logprobs is not None
+        if self.vocab_size > MAX_VOCAB and (params.filtered or scored):
+            raise RequestError(
+                f"top_k, top_p, min_p and logprobs are not available for a vocabulary of {self.vocab_size} tokens; "
+                f"allowed: at most {MAX_VOCAB}"
+            )
         if not params.penalized or self.counts is not None:
             return
         rows, nbytes = self.plan.max_num_seqs, 4 * self.plan.max_num_seqs * self.vocab_size

@@ -32,7 +32,6 @@ def config(**settings) -> EngineConfig:
         ("max_num_seqs", 2.0),
         ("max_model_len", 1),
         ("max_num_batched_tokens", 0),
-        ("max_num_batched_tokens", 255),
         ("num_gpu_blocks_override", 0),
         ("gpu_memory_utilization", 0),
         ("gpu_memory_utilization", 1.1),
@@ -63,6 +62,10 @@ def test_defaults_of_a_step():
     assert step_limits(config(), True, 4096).max_num_batched_tokens == 8192
     assert step_limits(config(), False, 4096).max_num_batched_tokens == 2048
     assert step_limits(config(max_num_seqs=3000), False, 4096).max_num_batched_tokens == 3000
+    assert step_limits(config(), False, 4096).max_num_seqs == 256
+    assert step_limits(config(max_num_batched_tokens=16), True, 4096).max_num_seqs == 16
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens=16 is not allowed; .* max_num_seqs \(17\)"):
+        config(max_num_batched_tokens=16, max_num_seqs=17)
     limits = step_limits(config(max_model_len=100), True, 4096)
     assert (limits.max_model_len, limits.blocks_per_sequence, limits.logits_rows) == (100, 7, 256)
     with pytest.raises(ConfigError, match="max_model_len=5000 is not allowed; allowed: at most 4096"):

@@ -55,6 +55,25 @@ def test_a_bad_request_is_refused_and_disturbs_nobody(prompt, params, message):
     assert list(out) == [("good", 0)] and engine.stats().requests == 1
 
 
+@pytest.mark.parametrize(
+    "wish", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 0}, {"prompt_logprobs": 1}]
+)
+def test_what_a_huge_vocabulary_rules_out_is_refused_at_once(wish, monkeypatch):
+    engine = fake_engine()
+    monkeypatch.setattr(engine.runner, "vocab_size", (1 << 18) + 1)
+    with pytest.raises(RequestError, match="vocabulary of 262145 tokens; allowed: at most 262144"):
+        engine.add_request("bad", PROMPT, SamplingParams(**wish))
+    assert not engine.has_unfinished()
+    assert one(engine, PROMPT, GREEDY) == alone(PROMPT, GREEDY)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wish", [{"temperature": 1e300}, {"temperature": 1.0, "repetition_penalty": 1e-300}])
+def test_numbers_beyond_float32_are_taken_as_its_last_ones(wish):
+    tokens, reason = one(fake_engine(), PROMPT, SamplingParams(max_tokens=12, ignore_eos=True, seed=1, **wish))
+    assert len(tokens) == 12 and reason == "length"
+
+
 def test_an_id_in_use_is_refused_and_free_again_afterwards():
     engine = fake_engine()
     engine.add_request("r", PROMPT, GREEDY)
