@@ -86,7 +86,7 @@ def test_every_folder_of_the_package_is_a_package():
 def test_required_packages_and_extras():
     required = {re.split(r"[>=<;\[ ]", d)[0] for d in PROJECT["dependencies"]}
     assert {"cupy-cuda12x", "numpy", "mpi4py"} <= required
-    assert {"ctk", "lt", "hub", "test", "jupyter", "mpi", "docs", "dev"} <= set(PROJECT["optional-dependencies"])
+    assert {"ctk", "hub", "test", "jupyter", "mpi", "docs", "dev"} <= set(PROJECT["optional-dependencies"])
     assert PROJECT["requires-python"] == ">=3.10,<3.14"
 
 

@@ -54,7 +54,7 @@ FIXES = {
     "nvrtc": "pip install 'cupy-cuda{cuda}x[ctk]'",
     "headers": "pip install 'cupy-cuda{cuda}x[ctk]'",
     "cublas": "pip install 'cupy-cuda{cuda}x[ctk]'",
-    "cublaslt": "pip install nvmath-python 'cupy-cuda{cuda}x[ctk]'",
+    "cublaslt": "pip install 'cupy-cuda{cuda}x[ctk]'",
     "nccl": "pip install nvidia-nccl-cu{cuda}",
     "mpi": "pip install mpich   (or the cluster's own: module load openmpi; apt install libopenmpi3)",
     "launcher": "pip install mpich   (or the cluster's own: module load openmpi; apt install openmpi-bin)",

@@ -126,11 +126,20 @@ def cublas() -> Finding:
 
 
 def cublaslt() -> Finding:
-    """cuBLASLt through nvmath-python: tuned GEMM algorithms. Optional."""
-    from nvmath import bindings
+    """cuBLASLt: tuned GEMM algorithms. It comes with cuBLAS."""
+    from cupyinfer.runtime.device import gpu_count
 
-    number = bindings.cublasLt.get_version()
-    return {"ok": True, "detail": f"{number // 10000}.{number // 100 % 100}.{number % 100} through nvmath-python"}
+    if not gpu_count()[0]:
+        return cublas()
+    from cupy.cuda import device
+
+    from cupyinfer.runtime.cublas import loaded_library
+
+    device.get_cublas_handle()  # loads both libraries
+    version = loaded_library("cublasLt").cublasLtGetVersion
+    version.restype = ctypes.c_size_t
+    number = version()
+    return {"ok": True, "detail": f"{number // 10000}.{number // 100 % 100}.{number % 100}"}
 
 
 def nccl() -> Finding:
