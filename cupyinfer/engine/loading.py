@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from functools import partial
+from pathlib import Path
 
+from cupyinfer import env
 from cupyinfer.config import EngineConfig, step_limits
 from cupyinfer.engine.engine import LLMEngine
 from cupyinfer.engine.memory_plan import make_pool, plan_memory
 from cupyinfer.engine.runner import Model, Progress, Runner
+from cupyinfer.errors import ConfigError
 from cupyinfer.model.architecture import ModelConfig
 from cupyinfer.model.loader import load_model
 from cupyinfer.runtime.arena import Arena
@@ -22,6 +27,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> tuple
     (steps). Raises ConfigError, CheckpointError, DeviceError, OutOfMemoryError.
     """
     device = choose_device(config.device)
+    check_environment(device.is_cuda)
     weights_progress = partial(progress, "weights") if progress else None
     model_config, decoder = load_model(
         config.model,
@@ -33,6 +39,33 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> tuple
         seed=config.seed,
     )
     return make_engine(config, model_config, decoder, decoder.dtype.name, device, progress), model_config
+
+
+def check_environment(on_gpu: bool) -> None:
+    """Raise ConfigError for an environment variable with a bad value, and for a cache folder that cannot be written.
+
+    A folder that was named must be usable; CuPy's own default is looked at only where kernels will be compiled.
+    """
+    for variable in env.VARIABLES:
+        variable.get()
+    folders = {name: os.environ.get(name, "") for name in (env.CACHE_DIR.name, "CUPY_CACHE_DIR")}
+    if on_gpu and not folders["CUPY_CACHE_DIR"] and os.environ.get("CUPY_CACHE_IN_MEMORY", "0") == "0":
+        folders["CUPY_CACHE_DIR"] = str(Path.home() / ".cupy" / "kernel_cache")
+    for name, folder in folders.items():
+        if folder:
+            _check_folder(name, folder)
+
+
+def _check_folder(name: str, folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{name}={folder!r}: the cache cannot be written ({error.strerror or error}); "
+            f"allowed: set {name} to a folder that you may write to"
+        ) from None
 
 
 def make_engine(
