@@ -135,10 +135,14 @@ class LLM:
         if many:
             raise RequestError(f"prompt={prompt!r} is not allowed; allowed: one text or one list of token ids")
         (request,) = self._add_all(found, self._params_of_each(sampling_params, 1), False, lazy=False)
-        return self._deltas(request)
+        deltas = self._deltas(request)
+        next(deltas)  # started: closing an iterator that nobody has read from aborts the request, too
+        return deltas
 
     def _deltas(self, request: LiveRequest) -> Iterator[RequestOutput]:
+        """One empty output, then what is new."""
         try:
+            yield request.result()
             while True:
                 news = request.news()
                 if news is not None:

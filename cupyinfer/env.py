@@ -58,7 +58,7 @@ def _default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "cupyinfer"
 
 
-CACHE_DIR = Variable("CUPYINFER_CACHE_DIR", Path, _default_cache, "folder for tuned settings and compiled kernels")
+CACHE_DIR = Variable("CUPYINFER_CACHE_DIR", Path, _default_cache, "folder for tuned settings (kernels: CUPY_CACHE_DIR)")
 DEVICE = Variable("CUPYINFER_DEVICE", _device, "auto", "device used when --device / device= is not given")
 KERNEL_DIR = Variable("CUPYINFER_KERNEL_DIR", Path, None, "read .cu sources from this folder instead of the package's")
 NO_GRAPHS = Variable("CUPYINFER_NO_GRAPHS", _flag, False, "run decode steps eagerly instead of as CUDA graphs")

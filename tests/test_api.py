@@ -250,6 +250,8 @@ def test_an_abandoned_stream_is_aborted(llm):
     assert llm.engine.has_unfinished()
     stream.close()
     assert not llm.engine.has_unfinished()
+    llm.stream("hello", LONG)  # nobody even begins to read it
+    assert not llm.engine.has_unfinished()
 
 
 # --- chat -----------------------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ class LLMEngine:
         """Move the pages in use to the lowest numbers; with ``num_pages`` also shrink the pool to that many.
 
         Waits for what is in flight (its tokens are reported by the next steps). Cached pages beyond the new size are
-        given up. Returns the bytes given back. Raises ConfigError when the pages in use, or max_model_len, need more.
+        given up. Returns the bytes given back. Raises ConfigError when the unfinished requests need more.
         """
         self.runner.synchronize()
         with self.runner.on_device():

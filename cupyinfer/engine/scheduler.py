@@ -74,7 +74,6 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.preemptions = 0
-        self._watermark = int(ledger.num_pages * _WATERMARK)
 
     # --- entering and leaving ---------------------------------------------------------------------------------------
     def add(self, sequence: Sequence) -> None:
@@ -192,7 +191,7 @@ class Scheduler:
         shared = self.prefix.match(sequence)
         needed = self._pages_for(sequence.length) - len(shared)
         idle = sum(self.ledger.references(page) == 0 for page in shared)
-        reserve = self._watermark if self.running else 0
+        reserve = int(self.ledger.num_pages * _WATERMARK) if self.running else 0
         if needed + idle + reserve > self.ledger.available:
             return False
         for page in shared:

@@ -26,7 +26,7 @@ constexpr int SKINNY_STAGE = 128;    // bytes of a row in a stage: two chunks
 
 template <int W> __device__ constexpr int skinny_stages() { return W < 4 ? 4 : 3; }
 
-// Shared memory of one warp in bytes: the ring, reused for the sums. ops/gemm.py computes the same.
+// Shared memory of one warp in bytes: the ring, reused for the sums. runtime/gemm_plan.py computes the same.
 template <int W> __device__ constexpr int skinny_warp_bytes() { return skinny_stages<W>() * 8 * W * SKINNY_STAGE; }
 
 // A lane's place: which row of eight it reads, and the offset of its 16 bytes in a chunk, in values.

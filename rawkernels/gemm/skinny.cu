@@ -4,7 +4,7 @@
 // memory. Block b owns the weight rows 8 TILES b..; its warps split I among themselves and add their sums through shared
 // memory in a fixed order (no atomics: the same bits every time). common/skinny.cuh has the loop.
 // Bound: memory, N * I * sizeof(T) bytes; the rings of the resident blocks keep 100-200 KB in flight on each
-// multiprocessor. Larger TILES read the activations less often; smaller ones give more blocks. ops/gemm.py chooses.
+// multiprocessor. Larger TILES read the activations less often; smaller ones give more blocks. skinny_plan chooses.
 //
 // Macros: DTYPE (float, fp16, bf16), OUT (the same, or float), ROWS (8, 16; float: 1, 2, 4, 8), TILES (1, 2, 4).
 #include "common/overlap.cuh"
