@@ -77,7 +77,7 @@ class EngineConfig:
             raise invalid("dtype", self.dtype, ", ".join(("auto", *FLOAT_NAMES)))
         if self.load_format not in LOAD_FORMATS:
             raise invalid("load_format", self.load_format, ", ".join(LOAD_FORMATS))
-        if self.block_size not in BLOCK_SIZES:
+        if self.block_size not in BLOCK_SIZES or not isinstance(self.block_size, int):
             raise invalid("block_size", self.block_size, ", ".join(map(str, BLOCK_SIZES)))
         for name in ("enable_prefix_caching", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):

@@ -54,7 +54,8 @@ def load_model(
     else:
         kind = resolve_dtype(config, device, dtype, list_tensors(directory))
         weights = load_weights(directory, config, device, kind, progress)
-    return config, _make_decoder(config, weights, device, kind, max_positions or config.max_position_embeddings)
+    positions = min(max_positions or config.max_position_embeddings, config.max_position_embeddings)
+    return config, _make_decoder(config, weights, device, kind, positions)
 
 
 def _make_decoder(config: ModelConfig, weights: Weights, device: Device, dtype: DType, positions: int) -> Decoder:

@@ -74,7 +74,9 @@ def choose_device(request: str | None = None) -> Device:
     ``auto`` takes the GPU when one answers, else the CPU. An explicit ``cuda`` that is not to be had raises
     DeviceError saying why; nothing falls back silently.
     """
-    request = request or env.DEVICE.get()
+    request = env.DEVICE.get() if request is None or request == "" else request
+    if not isinstance(request, str):
+        raise invalid("device", request, "auto, cpu, cuda, cuda:N")
     if request == "auto":
         request = "cuda" if gpu_count()[0] and not cupy_problem() else "cpu"
     if request == "cpu":

@@ -16,6 +16,7 @@ a :class:`~cupyinfer.runtime.ledger.BlockLedger`. The GPU's pool is :class:`cupy
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyinfer.errors import invalid
+from cupyinfer.errors import OutOfMemoryError, invalid
 from cupyinfer.runtime.device import array_module
 from cupyinfer.runtime.ledger import BlockLedger, PageUsage
 from cupyinfer.types import Array, dtype_of
@@ -176,12 +177,28 @@ class PagePool:
         return before - sum(cache.nbytes for cache in self.kv_caches)
 
 
+def _physical_memory() -> float:
+    """Bytes of host memory; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
 class CpuBlockPool(PagePool):
     """KV pages in host memory, as NumPy arrays. The system commits memory only when a page is first written."""
 
     def __init__(self, num_pages: int, layout: PageLayout) -> None:
-        """Reserve ``num_pages`` pages."""
-        self._reserve(num_pages, layout)
+        """Reserve ``num_pages`` pages. Raises OutOfMemoryError when they exceed the machine's memory."""
+        try:
+            if num_pages * layout.page_bytes > _physical_memory():  # said before tables of so many pages are made
+                raise MemoryError
+            self._reserve(num_pages, layout)
+        except MemoryError:
+            raise OutOfMemoryError(
+                f"{num_pages} KV pages need {num_pages * layout.page_bytes / 2**30:.2f} GiB of host memory, which this "
+                "machine does not have; lower num_gpu_blocks_override or max_model_len"
+            ) from None
 
     def _segment(self, num_pages: int) -> np.ndarray:
         return np.zeros((num_pages, *self.layout.shape), dtype_of(self.layout.dtype).numpy)

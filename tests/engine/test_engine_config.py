@@ -27,6 +27,7 @@ def config(**settings) -> EngineConfig:
         ("dtype", "int8"),
         ("load_format", "gguf"),
         ("block_size", 12),
+        ("block_size", 16.0),
         ("max_num_seqs", 0),
         ("max_num_seqs", True),
         ("max_num_seqs", 2.0),

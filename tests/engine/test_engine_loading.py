@@ -8,7 +8,7 @@ import pytest
 
 from cupyinfer.config import EngineConfig
 from cupyinfer.engine.loading import check_environment, load_engine
-from cupyinfer.errors import ConfigError
+from cupyinfer.errors import ConfigError, OutOfMemoryError
 
 LLAMA = str(Path(__file__).resolve().parents[1] / "golden" / "llama")
 
@@ -43,3 +43,24 @@ def test_a_bad_variable_is_refused(name, monkeypatch):
     monkeypatch.setenv(name, "maybe")
     with pytest.raises(ConfigError, match=f"environment variable {name}='maybe' is not allowed"):
         load_engine(EngineConfig.make(model=LLAMA, device="cpu"))
+
+
+def engine(**settings):
+    return load_engine(EngineConfig.make(model=LLAMA, **{"device": "cpu", **settings}))[0]
+
+
+def test_more_pages_than_memory_is_one_clear_error():
+    with pytest.raises(OutOfMemoryError, match="2147483647 KV pages need .* GiB of host memory.*lower num_gpu"):
+        engine(num_gpu_blocks_override=2**31 - 1)
+
+
+def test_a_context_beyond_the_models_is_refused_whatever_its_size():
+    for length in (513, 2**31 - 1):
+        with pytest.raises(ConfigError, match=f"max_model_len={length} is not allowed; allowed: at most 512"):
+            engine(max_model_len=length)
+
+
+@pytest.mark.parametrize("device", [3, "tpu", "cuda:x", ["cpu"]])
+def test_an_unknown_device_is_refused(device):
+    with pytest.raises(ConfigError, match="device=.* is not allowed; allowed: auto, cpu, cuda, cuda:N"):
+        engine(device=device)
