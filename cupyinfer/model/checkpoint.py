@@ -7,6 +7,7 @@ so host memory holds a few chunks and never a shard. On the CPU a tensor of the 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from cupyinfer.model.families import FAMILIES, is_harmless
 from cupyinfer.model.tensor_files import StoredTensor, read_header, read_into
 from cupyinfer.model.weights import Shape, Source, Weights, parameter_shapes
 from cupyinfer.runtime.device import Device
+from cupyinfer.runtime.memory import host_memory
 from cupyinfer.runtime.tensor import Tensor
 from cupyinfer.types import Array, DType
 
@@ -124,10 +126,12 @@ def load_weights(
 
 def allocate(shapes: Mapping[str, Shape], device: Device, dtype: DType) -> Weights:
     """Uninitialised parameters. Raises OutOfMemoryError naming the bytes that all of them need."""
+    need = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     try:
+        if not device.is_cuda and need > host_memory():  # the system would grant it, and kill us when we fill it
+            raise MemoryError(f"this machine has {host_memory() / 2**30:.2f} GiB")
         return {name: device.xp.empty(shape, dtype=dtype.numpy) for name, shape in shapes.items()}
     except MemoryError as error:  # CuPy's out-of-memory error is one too
-        need = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
         raise OutOfMemoryError(
             f"the weights need {need / 2**30:.2f} GiB as {dtype.name} on {device}, which is not free ({error}); "
             f"use a smaller model, a 16-bit dtype or a device with more memory"

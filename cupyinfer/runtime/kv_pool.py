@@ -16,7 +16,6 @@ a :class:`~cupyinfer.runtime.ledger.BlockLedger`. The GPU's pool is :class:`cupy
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import numpy as np
 from cupyinfer.errors import OutOfMemoryError, invalid
 from cupyinfer.runtime.device import array_module
 from cupyinfer.runtime.ledger import BlockLedger, PageUsage
+from cupyinfer.runtime.memory import host_memory
 from cupyinfer.types import Array, dtype_of
 
 Moves = Mapping[int, int]
@@ -177,21 +177,13 @@ class PagePool:
         return before - sum(cache.nbytes for cache in self.kv_caches)
 
 
-def _physical_memory() -> float:
-    """Bytes of host memory; infinite where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
-
-
 class CpuBlockPool(PagePool):
     """KV pages in host memory, as NumPy arrays. The system commits memory only when a page is first written."""
 
     def __init__(self, num_pages: int, layout: PageLayout) -> None:
         """Reserve ``num_pages`` pages. Raises OutOfMemoryError when they exceed the machine's memory."""
         try:
-            if num_pages * layout.page_bytes > _physical_memory():  # said before tables of so many pages are made
+            if num_pages * layout.page_bytes > host_memory():  # said before tables of so many pages are made
                 raise MemoryError
             self._reserve(num_pages, layout)
         except MemoryError:

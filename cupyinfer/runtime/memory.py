@@ -6,6 +6,7 @@ to a hidden pinned buffer while the host waits. The functions here take NumPy ar
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,14 @@ from cupyinfer.errors import DeviceError
 from cupyinfer.types import Array
 
 _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
+
+
+def host_memory() -> float:
+    """Bytes of memory that this machine has; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
 
 
 def pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

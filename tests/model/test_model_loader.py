@@ -14,7 +14,7 @@ import pytest
 from paged_driver import PagedDriver, Sequence
 
 from cupyinfer.errors import CheckpointError, ConfigError, OutOfMemoryError
-from cupyinfer.model import hub
+from cupyinfer.model import checkpoint, hub
 from cupyinfer.model.checkpoint import allocate, list_tensors
 from cupyinfer.model.config import read_config, resolve_config
 from cupyinfer.model.decoder import Decoder
@@ -134,6 +134,12 @@ def test_a_context_too_long_for_memory_is_one_clear_error(tmp_path):
     with pytest.raises(OutOfMemoryError, match="tables of 1000000000000000 positions .* lower max_model_len"):
         load_model(tmp_path, CPU, load_format="dummy")
     load_model(tmp_path, CPU, load_format="dummy", max_positions=100)
+
+
+def test_more_weights_than_host_memory_are_refused_before_the_system_grants_them(monkeypatch):
+    monkeypatch.setattr(checkpoint, "host_memory", lambda: 1000.0)
+    with pytest.raises(OutOfMemoryError, match="the weights need 0.00 GiB as float32 on cpu.*this machine has 0.00 GiB"):
+        load_model(GOLDEN / "llama", CPU)
 
 
 def test_out_of_memory_names_the_need():
