@@ -138,7 +138,7 @@ def test_a_context_too_long_for_memory_is_one_clear_error(tmp_path):
 
 def test_more_weights_than_host_memory_are_refused_before_the_system_grants_them(monkeypatch):
     monkeypatch.setattr(checkpoint, "host_memory", lambda: 1000.0)
-    with pytest.raises(OutOfMemoryError, match="the weights need 0.00 GiB as float32 on cpu.*this machine has 0.00 GiB"):
+    with pytest.raises(OutOfMemoryError, match="weights need 0.00 GiB as float32 on cpu.*this machine has 0.00 GiB"):
         load_model(GOLDEN / "llama", CPU)
 
 
