@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from cupyinfer.ops.logits import MAX_TOP, MAX_VOCAB
 from cupyinfer.ops.sampling import sample_filtered
 from cupyinfer.runtime.arena import Arena
 from cupyinfer.runtime.device import Device
+from cupyinfer.runtime.kernels import collecting, compile_all
 from cupyinfer.runtime.kv_pool import CpuBlockPool, PageLayout, PagePool
 from cupyinfer.types import dtype_of
 
@@ -67,19 +69,26 @@ def _available(config: EngineConfig, plan: EnginePlan, device: Device, layout: P
 def _run_largest_steps(runner: Runner, progress: Progress | None) -> None:
     """Run what needs the most scratch: the largest prompts, the widest decode steps, every way to sample.
 
-    Smaller sizes are run too, since some kernels want more scratch for fewer tokens. Compiles most kernels on the way.
+    Smaller sizes are run too, since some kernels want more scratch for fewer tokens. The kernels that all this needs
+    are compiled first, several at once.
     """
     plan = runner.plan
     tokens = [t for t in (4, 16, 64, 256, 1024, 4096) if t < plan.max_num_batched_tokens]
-    steps: list[Batch] = [_prompts(plan, t) for t in (plan.max_num_batched_tokens, *reversed(tokens))]
-    steps += [idle_batch(decodes=n) for n in plan.decode_buckets[::-1]]
-    for done, batch in enumerate(steps, 1):
+    prompts = [_prompts(plan, t) for t in (plan.max_num_batched_tokens, *reversed(tokens))]
+    decodes = [idle_batch(decodes=n) for n in plan.decode_buckets[::-1]]
+    with collecting() as kernels:
+        _run(runner, (prompts[1:] or prompts) + decodes)
+    with runner.on_device():
+        compile_all(kernels, partial(progress, "kernels") if progress else None)
+    _run(runner, prompts + decodes)
+    runner.synchronize()
+
+
+def _run(runner: Runner, steps: list[Batch]) -> None:
+    for batch in steps:
         runner.run_idle(batch)
-        if progress:
-            progress("kernels", done, len(steps))
     with runner.on_device():
         _sample_every_way(runner)
-    runner.synchronize()
 
 
 def _prompts(plan: EnginePlan, tokens: int) -> Batch:

@@ -12,8 +12,7 @@ import hashlib
 import itertools
 import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,9 @@ Macros = tuple[tuple[str, str], ...]
 NULL = np.uint64(0)  # a null pointer as a kernel argument
 CXX = "-std=c++17"
 SOURCES: dict[str, KernelSource] = {}
-_overlapping = False
+_COMPILERS = 8  # kernels compiled at once
+_overlapping = False  # see overlapping()
+_collected: dict[Kernel, None] | None = None  # see collecting()
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _SCALARS = (np.int32, np.uint32, np.int64, np.uint64, np.float32)
 
@@ -119,7 +120,7 @@ class Kernel:
     def compile(self) -> None:
         """Compile and load now. Raises DeviceError with the compiler's log."""
         try:
-            self.raw.compile()
+            _ = self.raw.kernel  # CuPy compiles when it is asked for
         except Exception as error:
             raise DeviceError(f"kernel {self.name} does not compile: {error}") from None
 
@@ -140,14 +141,39 @@ def get(source: KernelSource, entry: str, **macros: Any) -> Kernel:
     return _kernel(source.path, entry, tuple((k, str(v)) for k, v in macros.items()))
 
 
-def precompile(kernels: Sequence[Kernel], progress: Callable[[int, int], None] | None = None) -> float:
-    """Compile many kernels on all cores; returns the seconds taken. NVRTC runs outside Python's lock."""
-    start = time.perf_counter()
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        for done, _ in enumerate(pool.map(Kernel.compile, kernels), 1):
+def compile_all(kernels: Collection[Kernel], progress: Callable[[int, int], None] | None = None) -> None:
+    """Compile and load many kernels for the current device, several at once: NVRTC runs outside Python's lock.
+
+    Raises DeviceError with the compiler's log.
+    """
+    if not kernels:
+        return
+    import cupy
+
+    device = cupy.cuda.Device()
+
+    def one(kernel: Kernel) -> None:
+        with device:  # each thread has a current device of its own
+            kernel.compile()
+
+    with ThreadPoolExecutor(max_workers=_COMPILERS) as pool:
+        for done, _ in enumerate(pool.map(one, kernels), 1):
             if progress:
                 progress(done, len(kernels))
-    return time.perf_counter() - start
+
+
+@contextmanager
+def collecting() -> Iterator[Collection[Kernel]]:
+    """Launches inside start nothing; their kernels are in the collection that is yielded, for :func:`compile_all`.
+
+    Library calls (cuBLAS) are not launches: they run, on whatever the arrays hold.
+    """
+    global _collected
+    before, _collected = _collected, {}
+    try:
+        yield _collected.keys()
+    finally:
+        _collected = before
 
 
 def launch(kernel: Kernel, grid: Iterable[int], block: Iterable[int], args: Sequence[Any], *, shared: int = 0) -> None:
@@ -167,6 +193,9 @@ def launch(kernel: Kernel, grid: Iterable[int], block: Iterable[int], args: Sequ
     threads = block[0] * (block[1] if len(block) > 1 else 1) * (block[2] if len(block) > 2 else 1)
     if not 0 < threads <= 1024 or max(grid[1:], default=1) > 65535:
         raise DeviceError(f"{kernel.name}: grid {grid}, block {block} exceed CUDA's limits")
+    if _collected is not None:
+        _collected[kernel] = None
+        return
     kernel.allow_shared(shared)
     if env_debug() >= 2:
         print(f"launch {kernel.name} grid={grid} block={block} shared={shared}", file=sys.stderr)

@@ -53,8 +53,8 @@ def test_memory_plan_fills_what_is_left(monkeypatch):
     graphs = 4 * 1 * 12 * (16 << 10)
     assert plan.decode_buckets == (1, 2, 4, 5) and plan.depth == 2
     assert plan.num_blocks == int((10 << 20) - 0.1 * (12 << 20) - graphs) // page
-    assert [s for s in stages if s[0] == "graphs"] == [("graphs", i, 4) for i in range(1, 5)]
-    assert stages[0][0] == "kernels" and len(engine.runner.graphs.steps) == 4
+    assert stages == [("graphs", i, 4) for i in range(1, 5)]  # the stand-in has no kernels to compile
+    assert len(engine.runner.graphs.steps) == 4
     longest = max(step.num_tokens for step in engine.runner.model.steps)
     assert longest == plan.max_num_batched_tokens
 

@@ -75,3 +75,21 @@ def test_frozen_arena_refuses_to_grow(cupy):
     assert arena.take("x", (2, 8), np.float32).data.ptr == first.data.ptr
     with pytest.raises(DeviceError, match="would have to grow"):
         arena.take("x", (41, 8), np.float32)
+
+
+def test_kernels_are_collected_without_running_and_compiled_together(cupy):
+    from cupyinfer.ops.activation import softcap
+    from cupyinfer.ops.norm import rms_norm
+    from cupyinfer.runtime.kernels import collecting, compile_all
+
+    x, out = cupy.ones((2, 64), np.float32), cupy.full((2, 64), -1, np.float32)
+    with collecting() as kernels:
+        rms_norm(x, x[0], out=out)
+        softcap(x, 3.0, out=out)
+        softcap(x, 5.0, out=out)
+    assert len(kernels) == 2 and float(out.max()) == -1
+    steps = []
+    compile_all(kernels, lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 2), (2, 2)]
+    rms_norm(x, x[0], out=out)
+    assert float(cupy.abs(out - 1).max()) < 1e-5
