@@ -55,6 +55,7 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     attention_scale: float = 0.0  # multiplies q k^T
+    scale_by_layer: bool = False  # layer i divides attention_scale by i + 1
     attention_softcap: float = 0.0  # 0: none
     windows: tuple[int, ...] = ()  # per layer: tokens a query sees, itself included; 0: all
     # positions

@@ -21,11 +21,11 @@ _HARMLESS_NAMES = """
     output_attentions torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward tokenizer_class prefix
     cache_implementation n_ctx summary_type summary_use_proj summary_activation summary_proj_to_labels
     summary_first_dropout is_llama_config transformers.js_config attn_implementation experts_implementation
-    max_sequence_length gradient_checkpointing max_length min_length do_sample early_stopping num_beams
-    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size num_return_sequences encoder_no_repeat_ngram_size bad_words_ids remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens return_dict_in_generate output_scores
-    neftune_noise_alpha
+    max_sequence_length n_special predict_special_tokens output_past gradient_checkpointing max_length min_length
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size num_return_sequences encoder_no_repeat_ngram_size
+    bad_words_ids remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    return_dict_in_generate output_scores neftune_noise_alpha
 """
 _HARMLESS = frozenset(_HARMLESS_NAMES.split())
 _HARMLESS_PATTERN = re.compile(r"_.*|unsloth.*")  # private keys and a fine-tuning tool's marks

@@ -54,7 +54,7 @@ class Attention:
         self.q_norm, self.k_norm = weights.get("q_norm"), weights.get("k_norm")
         self.norm_eps, self.norm_offset = config.norm_eps, config.norm_offset
         self.rope_table = rope_table
-        self.scale = config.attention_scale
+        self.scale = config.attention_scale / (layer + 1 if config.scale_by_layer else 1)
         self.window = config.windows[layer]
         self.softcap = config.attention_softcap
 

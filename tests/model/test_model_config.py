@@ -125,6 +125,8 @@ def test_gpt2():
     config = resolve_config(GPT2)
     assert config.intermediate_size == 256 and config.positions == "learned" and not config.gated_mlp
     assert config.tie_embeddings and config.norm == "layer" and config.activation == "gelu_tanh"
+    medium = GPT2 | {"n_special": 0, "predict_special_tokens": True, "output_past": True}  # as on the hub
+    assert resolve_config(medium) == config
 
 
 def test_model_type_serves_where_architectures_are_missing():
@@ -189,7 +191,8 @@ REFUSED = [
     (family("Gemma2ForCausalLM", use_bidirectional_attention=True), "use_bidirectional_attention"),
     (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     (GEMMA3 | {"rope_parameters": {"rope_type": "default"}}, "rope_parameters: rope_type"),
-    (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    (GPT2 | {"scale_attn_by_inverse_layer_idx": 1}, "scale_attn_by_inverse_layer_idx"),
+    (family("Qwen3ForCausalLM", use_qk_norm=False), "use_qk_norm=False"),
     (GPT2 | {"n_head": 3}, "n_embd=64"),
     (GPT2 | {"activation_function": "mish"}, "activation_function"),
     ([1, 2], "must hold a JSON object"),

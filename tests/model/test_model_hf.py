@@ -41,6 +41,7 @@ CASES = [  # golden, fields that differ from it
     ("gemma3", {"final_logit_softcapping": 5.0, "attention_bias": True}),
     ("gemma3", {"head_dim": 24}),
     ("gpt2", {"n_embd": 36, "n_head": 4}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_layer": 3}),
     ("gpt2", {"n_inner": 80, "n_head": 1, "scale_attn_weights": False, "activation_function": "relu"}),
     ("mixtral", WIDE | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 29}),
     ("qwen3-moe", WIDE | {"decoder_sparse_step": 2, "norm_topk_prob": True, "mlp_only_layers": []}),

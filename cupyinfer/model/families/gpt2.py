@@ -39,7 +39,6 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
     if hidden % heads:
         raise fields.error("n_embd", hidden, f"a multiple of n_head={heads}")
     head_dim = hidden // heads
-    fields.must_be("scale_attn_by_inverse_layer_idx", False)
     fields.must_be("add_cross_attention", False)
     fields.skip("reorder_and_upcast_attn")  # float32 attention scores, which is what we always compute
     return {
@@ -59,6 +58,7 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
         "qkv_bias": True,
         "out_bias": True,
         "attention_scale": head_dim**-0.5 if fields.flag("scale_attn_weights", True) else 1.0,
+        "scale_by_layer": fields.flag("scale_attn_by_inverse_layer_idx", False),
         "windows": (0,) * layers,
         "positions": "learned",
         "tie_embeddings": fields.flag("tie_word_embeddings", True),

@@ -31,6 +31,7 @@ def read_qwen3(fields: Fields) -> dict[str, Any]:
     """Qwen3ForCausalLM: RMSNorm on every query and key head instead of the biases."""
     sizes = read_sizes(fields, head_dim=128, kv_heads=32)
     bias = fields.flag("attention_bias", False)
+    fields.must_be("use_qk_norm", True)
     return {
         **sizes,
         **_shared(fields, sizes),
@@ -46,6 +47,7 @@ def read_qwen3_moe(fields: Fields) -> dict[str, Any]:
     sizes = read_sizes(fields, kv_heads=4)
     layers = sizes["num_layers"]
     bias = fields.flag("attention_bias", False)
+    fields.must_be("use_qk_norm", True)
     window = _window(fields)
     fields.skip("max_window_layers")  # this architecture windows all layers or none
     count = "num_local_experts" if fields.has("num_local_experts") else "num_experts"
