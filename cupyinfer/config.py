@@ -131,10 +131,11 @@ def step_limits(config: EngineConfig, on_gpu: bool, model_context: int) -> StepL
     return StepLimits(length, config.max_num_seqs or min(_SEQUENCES, budget), budget, config.block_size)
 
 
-def cpu_blocks(limits: StepLimits, page_bytes: int) -> int:
-    """KV pages on a CPU when the user does not say: eight full sequences, at most 1 GiB."""
+def cpu_blocks(config: EngineConfig, limits: StepLimits, page_bytes: int) -> int:
+    """KV pages on a CPU when the user does not say: eight full sequences, at most 1 GiB, but one that was asked for."""
     wanted = limits.blocks_per_sequence * min(_CPU_CACHE_SEQUENCES, limits.max_num_seqs)
-    return max(1, min(wanted, _CPU_CACHE_BYTES // page_bytes))
+    least = limits.blocks_per_sequence if config.max_model_len is not None else 1
+    return max(least, min(wanted, _CPU_CACHE_BYTES // page_bytes))
 
 
 def gpu_blocks(available: int, page_bytes: int) -> int:

@@ -35,7 +35,7 @@ def plan_memory(
 ) -> EnginePlan:
     """The final plan. On a GPU ``arena`` has grown to what the largest steps need. Raises OutOfMemoryError."""
     if not device.is_cuda:
-        blocks = config.num_gpu_blocks_override or cpu_blocks(limits, layout.page_bytes)
+        blocks = config.num_gpu_blocks_override or cpu_blocks(config, limits, layout.page_bytes)
         return make_plan(config, limits, False, blocks)
     draft = make_plan(replace(config, max_model_len=None), limits, True, limits.blocks_per_sequence)
     free = device.xp.cuda.runtime.memGetInfo()[0]

@@ -74,11 +74,14 @@ def test_defaults_of_a_step():
 
 
 def test_pages_on_a_cpu():
-    limits = step_limits(config(), False, 1024)
-    assert cpu_blocks(limits, 1 << 10) == 8 * 64
-    assert cpu_blocks(limits, 1 << 22) == 256  # 1 GiB
-    assert cpu_blocks(limits, 1 << 31) == 1
-    assert cpu_blocks(step_limits(config(max_num_seqs=2), False, 1024), 1 << 10) == 2 * 64
+    def blocks(page_bytes: int, **settings) -> int:
+        return cpu_blocks(config(**settings), step_limits(config(**settings), False, 1024), page_bytes)
+
+    assert blocks(1 << 10) == 8 * 64
+    assert blocks(1 << 22) == 256  # 1 GiB
+    assert blocks(1 << 31) == 1
+    assert blocks(1 << 31, max_model_len=512) == 32  # a length that was asked for fits
+    assert blocks(1 << 10, max_num_seqs=2) == 2 * 64
 
 
 def test_pages_on_a_gpu():
