@@ -191,6 +191,7 @@ REFUSED = [
     (family("Gemma2ForCausalLM", use_bidirectional_attention=True), "use_bidirectional_attention"),
     (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     (GEMMA3 | {"rope_parameters": {"rope_type": "default"}}, "rope_parameters: rope_type"),
+    (GEMMA3 | {"rope_scaling": YARN | {"truncate": False}}, "rope_scaling: truncate=False"),
     (GPT2 | {"scale_attn_by_inverse_layer_idx": 1}, "scale_attn_by_inverse_layer_idx"),
     (family("Qwen3ForCausalLM", use_qk_norm=False), "use_qk_norm=False"),
     (GPT2 | {"n_head": 3}, "n_embd=64"),

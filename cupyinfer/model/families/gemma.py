@@ -79,4 +79,6 @@ def _gemma3_ropes(fields: Fields, head_dim: int) -> tuple[RopeConfig, RopeConfig
     nested.finish()
     if fields.get("rope_scaling"):
         parts[FULL] = fields.part("rope_scaling")
+    for part in parts.values():
+        part.must_be("truncate", True)  # transformers does not look at it here, whatever it says
     return resolve_rope(parts[FULL], fields, head_dim, theta), resolve_rope(parts[SLIDING], fields, head_dim, local)
