@@ -33,37 +33,6 @@ class Roofline:
         return max(nbytes / self.bandwidth, flops / self.flops)
 
 
-def measure(device: Device, dtype: DType) -> Roofline:
-    """Measure both ceilings on ``device`` (about a second)."""
-    return Roofline(_bandwidth(device), _flops(device, dtype))
-
-
-def _bandwidth(device: Device) -> float:
-    xp = device.xp
-    if not device.is_cuda:
-        data = np.ones(1 << 26, np.float32)
-        return data.nbytes / time_calls(lambda: data.sum(), repeats=7).median
-    data = xp.random.default_rng(0).integers(0, 1 << 31, 1 << 29, dtype=xp.int32).view(xp.uint32)
-    out = xp.zeros(1, xp.uint32)
-    kernel = get(SOURCE, "stream_read")
-    blocks = 8 * xp.cuda.Device().attributes["MultiProcessorCount"]
-    args = (data, out, np.int64(data.nbytes // 16))
-    samples = time_gpu(lambda: launch(kernel, (blocks,), (256,), args), repeats=15, cold=False)
-    return data.nbytes / samples.percentile(10)
-
-
-def _flops(device: Device, dtype: DType) -> float:
-    n = 8192 if device.is_cuda else 1024
-    xp = device.xp
-    rng = xp.random.default_rng(0)
-    x, w = (rng.standard_normal((n, n), dtype=xp.float32).astype(dtype.numpy) for _ in range(2))
-    out = xp.empty((n, n), dtype.numpy)
-    arena = Arena(xp)
-    run = lambda: linear(x, w, out=out, arena=arena)
-    samples = time_gpu(run, repeats=10, cold=False) if device.is_cuda else time_calls(run, repeats=5)
-    return 2 * n**3 / samples.percentile(10)
-
-
 @dataclass(frozen=True)
 class Weights:
     """Weight elements of a model, summed over its layers (norms and biases left out)."""
@@ -84,6 +53,42 @@ class Weights:
             return self.dense
         missed = (1 - self.experts_per_token / self.num_experts) ** tokens
         return self.dense + self.expert * self.num_experts * (1 - missed)
+
+
+def measure(device: Device, dtype: DType, weights: Weights) -> Roofline:
+    """Measure both ceilings on ``device`` (about a second).
+
+    On a CPU the bandwidth is that of a matrix-vector product over as many bytes as the model's weights, since a small
+    model's stay in the caches; on a GPU that of device memory.
+    """
+    return Roofline(_bandwidth(device, weights), _flops(device, dtype))
+
+
+def _bandwidth(device: Device, weights: Weights) -> float:
+    xp = device.xp
+    if not device.is_cuda:
+        rows = max(1, int(min(weights.read(1) + weights.head, 1 << 28)) // 1024)
+        data, vector = np.ones((rows, 1024), np.float32), np.ones(1024, np.float32)
+        return data.nbytes / time_calls(lambda: data @ vector, repeats=15).percentile(10)
+    data = xp.random.default_rng(0).integers(0, 1 << 31, 1 << 29, dtype=xp.int32).view(xp.uint32)
+    out = xp.zeros(1, xp.uint32)
+    kernel = get(SOURCE, "stream_read")
+    blocks = 8 * xp.cuda.Device().attributes["MultiProcessorCount"]
+    args = (data, out, np.int64(data.nbytes // 16))
+    samples = time_gpu(lambda: launch(kernel, (blocks,), (256,), args), repeats=15, cold=False)
+    return data.nbytes / samples.percentile(10)
+
+
+def _flops(device: Device, dtype: DType) -> float:
+    n = 8192 if device.is_cuda else 1024
+    xp = device.xp
+    rng = xp.random.default_rng(0)
+    x, w = (rng.standard_normal((n, n), dtype=xp.float32).astype(dtype.numpy) for _ in range(2))
+    out = xp.empty((n, n), dtype.numpy)
+    arena = Arena(xp)
+    run = lambda: linear(x, w, out=out, arena=arena)
+    samples = time_gpu(run, repeats=10, cold=False) if device.is_cuda else time_calls(run, repeats=5)
+    return 2 * n**3 / samples.percentile(10)
 
 
 def count_weights(config: ModelConfig) -> Weights:

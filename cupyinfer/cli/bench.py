@@ -20,7 +20,9 @@ from cupyinfer.errors import invalid
 from cupyinfer.progress import ProgressBars
 from cupyinfer.types import dtype_of
 
-DEFAULT_PREFILL = ((16, 2048), (4, 4000))
+BATCHES = {"cuda": (1, 8, 32, 128, 256), "cpu": (1, 4, 8)}  # of the decode grid, by kind of device
+PREFILL = {"cuda": ((16, 2048), (4, 4000)), "cpu": ((1, 512), (4, 512))}  # prompts x tokens
+SEQUENCES = {"cuda": 256, "cpu": 8}  # of the offline workload
 WORKLOADS = ("decode", "prefill", "offline")
 _EPILOG = """examples:
   cupyinfer bench                                                      the demo model
@@ -38,11 +40,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = _EPILOG
     parser.add_argument("--workloads", default="decode,prefill", metavar="LIST", help=f"of {', '.join(WORKLOADS)}")
-    parser.add_argument("--batches", default="1,8,32,128,256", metavar="LIST", help="batch sizes of the decode grid")
+    parser.add_argument(
+        "--batches", metavar="LIST", help="batch sizes of the decode grid; default: 1,8,32,128,256; on a CPU 1,4,8"
+    )
     parser.add_argument("--prompt", type=int, metavar="TOKENS", help="prompt length of the decode grid")
     parser.add_argument("--out", type=int, metavar="TOKENS", help="output length of the decode grid, 2 or more")
-    parser.add_argument("--prefill", metavar="LIST", help="prompts x tokens; default: 16x2048,4x4000, or what fits")
-    parser.add_argument("--sequences", type=int, default=256, metavar="N", help="of the offline workload")
+    parser.add_argument(
+        "--prefill",
+        metavar="LIST",
+        help="prompts x tokens; default: 16x2048,4x4000; on a CPU 1x512,4x512; or what fits",
+    )
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        metavar="N",
+        help="of the offline workload; default: 256, on a CPU 8; up to 2048 tokens",
+    )
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="best of N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure; - for standard output")
     add_engine_options(parser)
@@ -51,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     chosen = _chosen(args.workloads)
-    batches = [_number("--batches", part) for part in args.batches.split(",")]
+    batches = [_number("--batches", part) for part in args.batches.split(",")] if args.batches else None
     shapes = [_shape(part) for part in args.prefill.split(",")] if args.prefill else None
     settings = {"enable_prefix_caching": False} | engine_settings(args)
     to_stdout = str(args.json) == "-"
@@ -60,10 +73,13 @@ def run(args: argparse.Namespace) -> int:
     with LLM(**settings, progress=bars) as llm:
         config = llm.model_config
         dtype = dtype_of(llm.dtype)
-        limits = roofline.measure(llm.device, dtype)
-        bench = Bench(llm, config, roofline.count_weights(config), limits, dtype.itemsize, args.rounds)
-        fits = [(count, min(length, llm.max_model_len - 1)) for count, length in DEFAULT_PREFILL]
-        results = list(_results(bench, chosen, batches, shapes or fits, args))
+        weights = roofline.count_weights(config)
+        limits = roofline.measure(llm.device, dtype, weights)
+        bench = Bench(llm, config, weights, limits, dtype.itemsize, args.rounds)
+        kind = llm.device.kind
+        fits = [(count, min(length, llm.max_model_len - 1)) for count, length in PREFILL[kind]]
+        args.sequences = args.sequences or SEQUENCES[kind]
+        results = list(_results(bench, chosen, batches or list(BATCHES[kind]), shapes or fits, args))
         machine = _machine(llm)
     report.print_table(f"{machine['model']} on {machine['device']}, {machine['dtype']}", limits, results, console)
     text = json.dumps(report.as_json(machine, limits, results), indent=1)
