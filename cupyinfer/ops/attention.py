@@ -16,6 +16,7 @@ from cupyinfer.types import Array, dtype_of
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)
 _MAX_ROWS = 16  # query heads that a decode block serves at once, as in common/paged_work.cuh
+_COMBINE_ROWS = 5  # rows whose sums the warps of a block exchange at once, as in paged_decode.cu
 _RESERVED_SHARED = 4096  # per block: what CUDA keeps for itself, and the kernels' static shared memory
 _QUERY_CHUNK = 128  # query tokens that the prefill reference scores at once: bounds its memory
 
@@ -23,7 +24,10 @@ _HALF = {"DTYPE": ("fp16", "bf16"), "HEAD_DIM": HEAD_DIMS}
 DECODE_SOURCE = KernelSource("attention/paged_decode.cu", ("paged_decode",), _HALF)
 DECODE_F32_SOURCE = KernelSource("attention/paged_decode_f32.cu", ("paged_decode_f32",), {"HEAD_DIM": HEAD_DIMS})
 MERGE_SOURCE = KernelSource(
-    "attention/paged_decode_merge.cu", ("paged_decode_merge",), {"DTYPE": ("float", "fp16", "bf16")}
+    "attention/paged_decode_merge.cu",
+    ("paged_decode_merge",),
+    {"DTYPE": ("float", "fp16", "bf16"), "TILE_SIZE": (16, 32, 64)},
+    only=lambda m: m["TILE_SIZE"] in ((16, 32) if m["DTYPE"] == "float" else (32, 64)),
 )
 PREFILL_SOURCE = KernelSource("attention/paged_prefill.cu", ("paged_prefill",), _HALF)
 PREFILL_F32_SOURCE = KernelSource("attention/paged_prefill_f32.cu", ("paged_prefill_f32",), {"HEAD_DIM": HEAD_DIMS})
@@ -150,10 +154,12 @@ def _device_limits(index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How paged decode runs: blocks in the grid, threads of one, ring buffers of a warp (16 bit), shared bytes."""
+    """How paged decode runs: blocks in the grid, threads of one, positions of a block's tile, ring buffers of a warp
+    (16 bit), shared bytes of a block."""
 
     workers: int
     threads: int
+    tile: int
     stages: int
     shared: int
 
@@ -165,19 +171,20 @@ def decode_plan(D: int, itemsize: int, G: int, B: int, sms: int, shared_per_sm: 
     Two blocks per SM where they fit with at least two buffers each, and as many buffers (up to 4) as then fit.
     Raises ContractError when not even one block fits.
     """
-    rows, prefix = min(G, _MAX_ROWS), 4 * (B + 1)
+    prefix = 4 * (B + 1)
     choices: tuple[int, ...] = (4, 3, 2)
     if itemsize == 2:
         warps = 2 if D > 160 else 4
-        ring, fixed = warps * 64 * D, rows * (D + 8) * 4 + prefix
+        tile = 16 * warps
+        ring, fixed = 4 * tile * D, warps * min(G, _COMBINE_ROWS) * (D + 8) * 4 + prefix
     else:
-        warps = 4
-        ring, fixed, choices = 2 * (16 if D > 128 else 32) * (D + 4) * 4, rows * D * 4 + prefix, (2,)
+        warps, tile, choices = 4, 16 if D > 128 else 32, (2,)
+        ring, fixed = 2 * tile * (D + 4) * 4, min(G, _MAX_ROWS) * D * 4 + prefix
     for blocks in (2, 1):
         for stages in choices:
             shared = stages * ring + fixed
             if blocks * (shared + _RESERVED_SHARED) <= shared_per_sm:
-                return DecodePlan(blocks * sms, 32 * warps, stages, shared)
+                return DecodePlan(blocks * sms, 32 * warps, tile, stages, shared)
     raise ContractError(f"paged_decode: B={B} sequences do not fit the {shared_per_sm} bytes of shared memory of an SM")
 
 
@@ -190,8 +197,7 @@ def _decode_launch(q, kv_cache, block_tables, context_lens, out, scale, window, 
     plan = decode_plan(D, q.itemsize, H // K, B, *_device_limits(q.device.id))
     partial_out = arena.take("paged_decode_out", (2 * plan.workers * _MAX_ROWS, D), np.float32)
     partial_lse = arena.take("paged_decode_lse", (2 * plan.workers * _MAX_ROWS,), np.float32)
-    prefix = arena.take("paged_decode_plan", (B + 1,), np.int32)
-    arrays = (q, kv_cache, block_tables, context_lens, out, partial_out, partial_lse, prefix)
+    arrays = (q, kv_cache, block_tables, context_lens, out, partial_out, partial_lse)
     sizes = [np.int32(n) for n in (B, H, K, block_tables.shape[1], S.bit_length() - 1, window)]
     if q.itemsize == 2:
         kernel = get(DECODE_SOURCE, "paged_decode", DTYPE=dtype_of(q).ctype, HEAD_DIM=D)
@@ -200,9 +206,9 @@ def _decode_launch(q, kv_cache, block_tables, context_lens, out, scale, window, 
         kernel = get(DECODE_F32_SOURCE, "paged_decode_f32", HEAD_DIM=D)
     args = (*arrays, *sizes, np.float32(scale), np.float32(softcap))
     launch(kernel, (plan.workers,), (plan.threads,), args, shared=plan.shared)
-    merge = get(MERGE_SOURCE, "paged_decode_merge", DTYPE=dtype_of(q).ctype)
-    merge_sizes = [np.int32(n) for n in (B, H, K, D, plan.workers)]
-    launch(merge, (H, B), (cdiv(D, 32) * 32,), (partial_out, partial_lse, prefix, out, *merge_sizes))
+    merge = get(MERGE_SOURCE, "paged_decode_merge", DTYPE=dtype_of(q).ctype, TILE_SIZE=plan.tile)
+    merge_args = (partial_out, partial_lse, context_lens, out, *(np.int32(n) for n in (B, H, K, D, window)))
+    launch(merge, (plan.workers,), (128,), merge_args, shared=4 * (B + 1))
 
 
 def _prefill_launch(q, kv_cache, block_tables, query_start, context_lens, out, scale, max_query_len, window, softcap):

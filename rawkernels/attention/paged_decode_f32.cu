@@ -96,8 +96,7 @@ __device__ __forceinline__ void soften(Scores& scores, int rows) {
 extern "C" __global__ void __launch_bounds__(THREADS)
     paged_decode_f32(const float* q, const float* kv_cache, const int* __restrict__ tables,
                      const int* __restrict__ context_lens, float* out, float* partial_out, float* partial_lse,
-                     int* plan, int B, int H, int K, int M, int log2_S,
-                     int window, float scale, float softcap) {
+                     int B, int H, int K, int M, int log2_S, int window, float scale, float softcap) {
     extern __shared__ __align__(16) u8 shared[];  // two buffers, Q of the unit, prefix
     __shared__ Scores scores;
     float* buffers = reinterpret_cast<float*>(shared);
@@ -109,14 +108,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     allow_next();
     count_tiles<TILE>(context_lens, B, window, prefix, scores.scratch);
     await_previous();
-    if (blockIdx.x == 0) {
-        for (int b = threadIdx.x; b <= B; b += THREADS) plan[b] = prefix[b];
-    }
-    const int total = prefix[B] * grouping.groups, share = ceil_div(total, gridDim.x);
-    const int begin = min(total, (int)blockIdx.x * share), count = min(total, begin + share) - begin;
+    const Share share(prefix[B] * grouping.groups);
+    const int count = share.count();
     if (count == 0) return;
 
-    Cursor here = locate(begin, prefix, B, grouping.groups), ahead = here;
+    Cursor here = locate(share.begin, prefix, B, grouping.groups), ahead = here;
     start_tile(cache, ahead, grouping.kv_head(ahead.group), buffers);
     commit_copies();
     float o[OUTPUTS];
@@ -159,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
         if (here.ends_unit() || i == count - 1) {
             const bool whole = from_start && here.ends_unit();
-            const i64 partial = (2 * (i64)blockIdx.x + (from_start ? 1 : 0)) * MAX_ROWS;
+            const i64 partial = partial_row(blockIdx.x, from_start);
 #pragma unroll
             for (int n = 0; n < OUTPUTS; ++n) {
                 const int e = n * THREADS + threadIdx.x, row = e / D;

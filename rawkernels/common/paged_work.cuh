@@ -10,6 +10,7 @@
 //
 // A block has at most two partial units: one that an earlier block began (slot 0) and one that it begins and does not
 // finish (slot 1). Partial results have a fixed stride of MAX_ROWS rows.
+// The merge kernel runs on the same grid and divides the work once more: that costs less than reading it from memory.
 #pragma once
 #include "common/types.cuh"
 #include "common/reduce.cuh"
@@ -24,6 +25,7 @@ template <int TILE> struct Visible {
     __device__ Visible(int context, int window) : first(window > 0 ? max(0, context - window) : 0), end(context) {}
     __device__ int first_tile() const { return first / TILE; }
     __device__ int tiles() const { return ceil_div(end, TILE) - first_tile(); }
+    __device__ bool contains(int position) const { return position >= first && position < end; }
 };
 
 // Sum of x over all threads before this one. The block is 1-D with a multiple of 32 threads; `scratch` holds 32 ints.
@@ -57,6 +59,19 @@ __device__ __forceinline__ void count_tiles(const int* context_lens, int B, int 
     }
     if (threadIdx.x == blockDim.x - 1) prefix[B] = before;
     __syncthreads();
+}
+
+// The tiles [begin, end) of `total` that this block computes.
+struct Share {
+    int size, begin, end;
+    __device__ explicit Share(int total)
+        : size(ceil_div(total, gridDim.x)), begin(min(total, (int)blockIdx.x * size)), end(min(total, begin + size)) {}
+    __device__ int count() const { return end - begin; }
+};
+
+// First row, in the arrays of partial results, of the unit that a block began itself or went on with.
+__device__ __forceinline__ i64 partial_row(int block, bool began) {
+    return (2 * (i64)block + (began ? 1 : 0)) * MAX_ROWS;
 }
 
 // Tile `tile` of the `tiles` tiles of head group `group` of sequence b.

@@ -11,6 +11,7 @@ from cupyinfer.errors import ContractError
 from cupyinfer.ops import attention
 from cupyinfer.ops.attention import (
     HEAD_DIMS,
+    MERGE_SOURCE,
     PAGED_DECODE,
     PAGED_PREFILL,
     _check,
@@ -166,11 +167,20 @@ def test_decode_plan_fits_the_sm(D, itemsize, limits):
         blocks = plan.workers // sms
         assert plan.workers == blocks * sms and blocks * (plan.shared + 1024) <= per_sm
         assert 2 <= plan.stages <= 4
+        dtype = "float" if itemsize == 4 else "bf16"
+        assert {"DTYPE": dtype, "TILE_SIZE": plan.tile} in MERGE_SOURCE.combinations()
         if limits is H100:
             assert blocks == 2
             if itemsize == 2 and D >= 64:  # enough in flight to saturate memory (PERFORMANCE.md: 64 KB per SM)
                 in_flight = blocks * (plan.threads // 32) * (plan.stages - 1) * 16 * D * 4
                 assert in_flight >= 64 * 1024
+
+
+@pytest.mark.parametrize("G", [1, 2, 4, 5, 7, 8, 16])
+def test_three_tiles_in_flight_for_every_group_size(G):
+    """Head dim 128, the largest batch by default: the buffer of the combined rows must not cost a ring buffer."""
+    plan = decode_plan(128, 2, G, 256, *H100)
+    assert (plan.workers, plan.stages, plan.tile) == (264, 3, 64)
 
 
 def test_decode_plan_refuses_what_does_not_fit():
