@@ -107,14 +107,16 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, default=Path("."), help="folder for the full logs")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for the tests, and for one op's check")
     parser.add_argument("--checks", default="memcheck,racecheck", help="of compute-sanitizer; empty: none")
+    parser.add_argument("--workers", type=int, default=0, help="run the tests in so many processes (pytest-xdist)")
     parser.add_argument("--skip-tests", action="store_true")
     args = parser.parse_args()
     args.logs.mkdir(parents=True, exist_ok=True)
     lines = ["# GPU test report", "", "Written by `tests/gpu_report.py`.", "", "| what | result |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in {"commit": args.commit, **machine()}.items()]
     if not args.skip_tests:
-        output, _ = run(pytest_command("--durations=8"), args.logs / "gpu-tests.log", args.timeout)
-        lines.append(f"| `python -m pytest -m gpu` | {last(TESTED, output)} |")
+        parallel = ["-n", str(args.workers)] if args.workers else []
+        output, _ = run(pytest_command(*parallel), args.logs / "gpu-tests.log", args.timeout)
+        lines.append(f"| `{' '.join(['python -m pytest -m gpu', *parallel])}` | {last(TESTED, output)} |")
     tool = shutil.which("compute-sanitizer")
     if tool is None and args.checks:
         lines.append("| compute-sanitizer | not installed |")
