@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-_MANY_FLOPS = 3e7  # of one product: about a millisecond on one core
+_MANY_FLOPS = 1e9  # of one product: some milliseconds on one core, longer than a thread waits for a core that is taken
 _MANY_VALUES = 4 << 20  # of a weight: beyond the caches, where two cores read memory faster than one
 
 

@@ -22,5 +22,6 @@ def test_threads_are_restored():
 
 def test_only_large_work_is_shared():
     assert not threads.wants_all_threads(1, 256 * 1408)  # the demo model, decoding
-    assert threads.wants_all_threads(300, 256 * 1408)  # and reading a prompt
+    assert not threads.wants_all_threads(256, 256 * 4096)  # a full batch of it, output head
+    assert threads.wants_all_threads(2048, 256 * 1408)  # and reading many prompts
     assert threads.wants_all_threads(1, 2048 * 16384)  # Llama-3.2-1B
