@@ -29,7 +29,8 @@ from cupyinfer.types import dtype_of
 
 
 class LLM:
-    """A loaded model with its engine. Use it from one thread; close it, or use it as a context manager.
+    """A loaded model with its engine. Close it, or use it as a context manager. Threads that share it take turns, a
+    step at a time; many prompts in one call of :meth:`generate` are faster.
 
     ``model``: folder of a Hugging Face checkpoint, a hub id, ``dummy:<preset>``, or None for the demo model. Further
     keywords are the settings of :class:`~cupyinfer.config.EngineConfig` (device, dtype, max_model_len, max_num_seqs,
@@ -63,6 +64,7 @@ class LLM:
         self._numbers = itertools.count()
         self._live: dict[str, LiveRequest] = {}
         self._closed = False
+        self._turn = threading.RLock()  # held by the thread that works on the engine or on what came of a step
 
     # --- what it is -------------------------------------------------------------------------------------------------
     @property
@@ -116,9 +118,10 @@ class LLM:
         live = self._add_all(found, self._params_of_each(sampling_params, len(found)), many, lazy=True)
         bars = ProgressBars(None if use_progress_bar else False)
         try:
-            for done, request in enumerate(live):  # they are served in this order, more or less
-                bars("prompts", done, len(live))
+            for request in live:  # they are served in this order, more or less
                 while not request.finished:
+                    if bars.due():
+                        bars("prompts", sum(r.share_done(self.max_model_len) for r in live), len(live))
                     self._step()
         finally:
             bars.close()
@@ -144,7 +147,8 @@ class LLM:
         try:
             yield request.result()
             while True:
-                news = request.news()
+                with self._turn:
+                    news = request.news()
                 if news is not None:
                     yield news
                 elif request.finished:
@@ -196,10 +200,11 @@ class LLM:
 
     def close(self) -> None:
         """End all requests and give the device back."""
-        if not self._closed:
-            self._closed = True
-            self._live.clear()
-            self.engine.close()
+        with self._turn:
+            if not self._closed:
+                self._closed = True
+                self._live.clear()
+                self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -225,16 +230,20 @@ class LLM:
         self, prompts: list[Prompt], params: list[SamplingParams], many: bool, lazy: bool
     ) -> list[LiveRequest]:
         """Check and queue every prompt, or none when one of them is bad."""
+        live: list[LiveRequest] = []
+        with self._turn:
+            self._check_open()
+            try:
+                for prompt, p in zip(prompts, params, strict=True):
+                    live.append(self._add(prompt, p, lazy))
+            except CupyinferError as error:
+                self._drop(live)
+                raise type(error)(f"prompts[{len(live)}]: {error}" if many else str(error)) from None
+        return live
+
+    def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("this LLM is closed")
-        live: list[LiveRequest] = []
-        try:
-            for prompt, p in zip(prompts, params, strict=True):
-                live.append(self._add(prompt, p, lazy))
-        except CupyinferError as error:
-            self._drop(live)
-            raise type(error)(f"prompts[{len(live)}]: {error}" if many else str(error)) from None
-        return live
 
     def _add(self, prompt: Prompt, params: SamplingParams, lazy: bool) -> LiveRequest:
         if prompt.text == "":
@@ -255,7 +264,8 @@ class LLM:
 
     def _step(self) -> None:
         """One step of the engine; its news go to the requests they belong to. Ctrl-C waits until that is done."""
-        with _interrupts_deferred():
+        with self._turn, _interrupts_deferred():
+            self._check_open()
             for update in self.engine.step():
                 request = self._live.get(update.request_id)
                 if request is not None and request.take(update):
@@ -264,11 +274,12 @@ class LLM:
 
     def _drop(self, requests: list[LiveRequest]) -> None:
         """Forget requests; those that have not finished are aborted."""
-        for request in requests:
-            self._live.pop(request.request_id, None)
-            if not request.finished:
-                for update in self.engine.abort(request.request_id):
-                    request.take(update)
+        with self._turn:
+            for request in requests:
+                self._live.pop(request.request_id, None)
+                if not request.finished:
+                    for update in self.engine.abort(request.request_id):
+                        request.take(update)
 
 
 def _tokenizer_of(config: EngineConfig, directory: Path | None) -> Tokenizer | None:

@@ -29,12 +29,19 @@ class LiveRequest:
         self._text, self._token_ids = text, token_ids
         self._tokenizer = tokenizer
         self._lazy = lazy
+        self._max_tokens = params.max_tokens
         self._updates: dict[int, RequestUpdate] = {}  # the latest one of each sequence: it carries the timing
         self._prompt_logprobs: Any = None
 
     @property
     def finished(self) -> bool:
         return all(c.output.finish_reason is not None for c in self.completions)
+
+    def share_done(self, max_model_len: int) -> float:
+        """Between 0 and 1: how far it is if it goes on to max_tokens or the end of the context."""
+        most = max(1, min(self._max_tokens, max_model_len - len(self._token_ids)))
+        shares = [1.0 if c.output.finished else min(1.0, len(c.output.token_ids) / most) for c in self.completions]
+        return sum(shares) / len(shares)
 
     def take(self, update: RequestUpdate) -> bool:
         """Add what a step made; True when the text just reached a stop string, of which the engine must be told."""

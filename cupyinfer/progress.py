@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,17 @@ class ProgressBars:
     def __init__(self, enabled: bool | None = None) -> None:
         self.enabled = sys.stderr.isatty() if enabled is None else enabled
         self._display: Any = None
+        self._next = 0.0
         self._tasks: dict[str, Any] = {}
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def due(self) -> bool:
+        """True ten times a second, where bars are drawn: for reports that cost something to make."""
+        if not self.enabled or time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + 0.1
+        return True
+
+    def __call__(self, stage: str, done: float, total: int) -> None:
         if not self.enabled:
             return
         if self._display is None:

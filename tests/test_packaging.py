@@ -19,6 +19,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+LICENSE = "LICENSE-CPython.txt"
 SOURCES = ("cupyinfer", "rawkernels", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
 
 
@@ -34,6 +35,7 @@ def source_tree(tmp_path_factory) -> Path:
             shutil.copy(source, tree / name)
     model = tree / "tutorials" / "demo_model" / "model"
     model.mkdir(parents=True)
+    shutil.copy(ROOT / "tutorials" / "demo_model" / LICENSE, model.parent / LICENSE)
     write_text_files(model)
     (model / "config.json").write_text("{}")
     return tree
@@ -62,6 +64,10 @@ def test_wheel_carries_every_kernel_source(wheel_names):
 def test_wheel_carries_the_demo_model(wheel_names):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert f"cupyinfer/demo_model/{name}" in wheel_names
+
+
+def test_wheel_carries_the_licence_of_the_demo_models_data(wheel_names):
+    assert any(n.endswith(f".dist-info/licenses/tutorials/demo_model/{LICENSE}") for n in wheel_names)
 
 
 def test_wheel_carries_every_module_and_nothing_else(wheel_names):

@@ -20,9 +20,13 @@ def print_table(title: str, roofline: Roofline, results: list[Result], console: 
         steps = [f"{result.steps[k]:.3f}" if result.steps else "" for k in ("median", "p10", "p90", "p99")]
         table.add_row(result.workload, f"{result.value:,.4g}", result.unit, f"{100 * result.roofline:.1f}", *steps)
     console.print(table)
-    console.print(
-        f"roofline: {roofline.bandwidth / 1e12:.2f} TB/s read, {roofline.flops / 1e12:.1f} TFLOP/s; steps in ms"
-    )
+    bandwidth, flops = _with_prefix(roofline.bandwidth, "B/s"), _with_prefix(roofline.flops, "FLOP/s")
+    console.print(f"roofline: {bandwidth} read, {flops}; steps in ms")
+
+
+def _with_prefix(value: float, unit: str) -> str:
+    """3.9e12, "B/s" -> "3.90 TB/s"; a CPU's figures are in giga."""
+    return f"{value / 1e12:.2f} T{unit}" if value >= 1e12 else f"{value / 1e9:.1f} G{unit}"
 
 
 def as_json(machine: dict[str, Any], roofline: Roofline, results: list[Result]) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +65,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_options(args)
     chosen = _chosen(args.workloads)
     batches = [_number("--batches", part) for part in args.batches.split(",")] if args.batches else None
     shapes = [_shape(part) for part in args.prefill.split(",")] if args.prefill else None
     settings = {"enable_prefix_caching": False} | engine_settings(args)
     to_stdout = str(args.json) == "-"
     console = Console(stderr=to_stdout, width=None if sys.stdout.isatty() else 140)
-    bars = ProgressBars(enabled=None)
-    with LLM(**settings, progress=bars) as llm:
+    with closing(ProgressBars()) as bars, LLM(**settings, progress=bars) as llm:
         config = llm.model_config
         dtype = dtype_of(llm.dtype)
         weights = roofline.count_weights(config)
@@ -88,6 +90,19 @@ def run(args: argparse.Namespace) -> int:
     elif args.json:
         args.json.write_text(text + "\n", encoding="utf-8")
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse bad numbers and an unwritable file before minutes of measuring. Raises ConfigError."""
+    for name, least in (("prompt", 1), ("out", 2), ("sequences", 1), ("rounds", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise invalid(f"--{name}", value, f"an integer of {least} or more")
+    file = args.json
+    if file is None or str(file) == "-":
+        return
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise invalid("--json", str(file), "a file that can be written, or -")
 
 
 def _results(bench: Bench, chosen: list[str], batches: list[int], shapes: list[tuple[int, int]], args: Any):

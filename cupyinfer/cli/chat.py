@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    sampling_params(args, SamplingParams())  # what is wrong whatever the model is refused before it is loaded
     bars = ProgressBars()
     try:
         with LLM(**engine_settings(args), progress=bars) as llm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cupyinfer.cli.options import (
     parse_token_ids,
     sampling_params,
 )
-from cupyinfer.errors import ConfigError
+from cupyinfer.errors import ConfigError, RequestError
 from cupyinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput, as_dict
 from cupyinfer.progress import ProgressBars
 from cupyinfer.prompts import PromptLike
@@ -43,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--token-ids", metavar='"1,2,3"', help="token ids in place of a text")
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each result, and nothing else")
     parser.add_argument("--n", type=int, default=1, metavar="N", help="completions of each prompt (default: 1)")
-    parser.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of each token and the K likeliest")
+    parser.add_argument("--logprobs", type=int, metavar="K", help="with --json: of each token and the K likeliest")
     parser.add_argument("--prompt-logprobs", type=int, metavar="K", help="... and of the prompt's tokens")
     add_engine_options(parser)
     add_sampling_options(parser, max_tokens=128)
@@ -52,7 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
-    bars = ProgressBars(enabled=False if args.json else None)
+    _check_sampling(args)
+    bars = ProgressBars()
     try:
         with LLM(**engine_settings(args), progress=bars) as llm:
             params = sampling_params(args, llm.default_sampling_params())
@@ -69,28 +71,43 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_sampling(args: argparse.Namespace) -> None:
+    """Refuse what is wrong whatever the model, before minutes of loading. Raises ConfigError, RequestError."""
+    for option, value in (("--logprobs", args.logprobs), ("--prompt-logprobs", args.prompt_logprobs)):
+        if value is not None and not args.json:
+            raise ConfigError(f"{option} is not allowed without --json, which prints them")
+    sampling_params(args, SamplingParams())
+
+
 def read_prompts(args: argparse.Namespace) -> list[PromptLike]:
-    """The prompts of the command line, in order. Raises ConfigError."""
+    """The prompts of the command line, in order. Raises ConfigError, RequestError."""
     if args.token_ids is not None:
         return [parse_token_ids(args.token_ids)]
     if args.file is None:
-        return [_read("-").removesuffix("\n") if args.prompt == "-" else args.prompt]
-    lines: list[PromptLike] = [line for line in _read(args.file).splitlines() if line.strip()]
+        text = _read("-").removesuffix("\n") if args.prompt == "-" else args.prompt
+        if not text:
+            raise RequestError("the prompt is empty; allowed: at least one character")
+        return [text]
+    lines: list[PromptLike] = [line for line in _read(args.file).split("\n") if line.strip()]
     if not lines:
         raise ConfigError(f"--file={args.file!r} holds no prompt; allowed: a text file with one prompt a line")
     return lines
 
 
 def _read(name: str) -> str:
+    """A text without byte order mark; every kind of line end is \\n."""
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        return text.removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} cannot be read: {error}") from None
 
 
 def _stream(llm: LLM, prompt: PromptLike, params: SamplingParams) -> None:
     if isinstance(prompt, str) and sys.stdout.isatty() and sys.stderr.isatty():
-        print(f"\033[2m{prompt}\033[0m", end="", file=sys.stderr, flush=True)  # dim: the model's words follow it
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        dim = prompt if plain else f"\033[2m{prompt}\033[0m"
+        print(dim, end="", file=sys.stderr, flush=True)  # the model's words follow it
     last = None
     first = True
     for last in llm.stream(prompt, params):
@@ -125,7 +142,7 @@ def _title(output: RequestOutput) -> str:
 
 
 def _print_json(llm: LLM, prompts: list[PromptLike], params: SamplingParams) -> None:
-    for output in llm.generate(prompts, params):
+    for output in llm.generate(prompts, params, use_progress_bar=True):
         for line in as_dict(output):
             print(json.dumps(line))
 

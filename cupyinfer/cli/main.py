@@ -7,11 +7,16 @@ our output went away.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import cupyinfer
 from cupyinfer.errors import CupyinferError, DeviceError, OutOfMemoryError
@@ -36,6 +41,7 @@ _EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: sys.argv[1:]); returns the exit code."""
+    _prepare_streams()
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         code = args.run(args)
@@ -65,15 +71,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, (module, text) in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, formatter_class=formatter)
         if name == chosen:
-            importlib.import_module(module).configure(sub)
+            with _interrupts_at_once():
+                importlib.import_module(module).configure(sub)
     return parser.parse_args(argv)
+
+
+def _prepare_streams() -> None:
+    """A closed stream reads as empty and swallows what is written; a character that the encoding of an output lacks
+    is written as an escape sequence.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the process ends
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _interrupts_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process: nothing has begun, and NumPy answers a KeyboardInterrupt in its import with a page."""
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _report(error: Exception) -> int:
     if os.environ.get("CUPYINFER_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
-    expected = isinstance(error, CupyinferError)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    expected = isinstance(error, CupyinferError) or full
     what = "error" if expected else f"internal error: {type(error).__name__}"
     hint = "" if expected else " (CUPYINFER_DEBUG=1 shows the traceback)"
     print(f"cupyinfer: {what}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
-    return 1 if not expected or isinstance(error, (DeviceError, OutOfMemoryError)) else 2
+    return 1 if not expected or full or isinstance(error, (DeviceError, OutOfMemoryError)) else 2

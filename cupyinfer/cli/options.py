@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,23 @@ _SAMPLING = (
 )
 
 
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Which model, where, and the engine's settings. Read them back with :func:`engine_settings`."""
     group = parser.add_argument_group("model and engine")
     group.add_argument("--model", metavar="PATH_OR_ID", help="folder of a Hugging Face checkpoint, or a hub id")
     group.add_argument("--device", metavar="DEVICE", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
-    group.add_argument("--dtype", default="auto", help=f"auto, {', '.join(FLOAT_NAMES)}")
-    group.add_argument("--load-format", default="auto", help=f"{', '.join(LOAD_FORMATS)} (dummy: random weights)")
+    group.add_argument("--dtype", default="auto", metavar="TYPE", help=f"auto, {_listed(FLOAT_NAMES)}")
+    formats = f"{_listed(LOAD_FORMATS)} (dummy: random weights)"
+    group.add_argument("--load-format", default="auto", metavar="FORMAT", help=formats)
     group.add_argument("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt and output together")
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run at once")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS", help="tokens of one step")
-    group.add_argument("--block-size", type=int, metavar="TOKENS", help=f"of a KV page: {BLOCK_SIZES}")
+    group.add_argument("--block-size", type=int, metavar="TOKENS", help=f"of a KV page: {_listed(BLOCK_SIZES)}")
     group.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="of the GPU's memory, up to 1")
     group.add_argument("--num-gpu-blocks-override", type=int, metavar="PAGES", help="KV pages, not what memory allows")
     group.add_argument("--no-prefix-caching", action="store_true", help="do not reuse pages of equal beginnings")
@@ -62,7 +68,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="1: off")
     group.add_argument("--presence-penalty", type=float, metavar="X", help="0: off")
     group.add_argument("--frequency-penalty", type=float, metavar="X", help="0: off")
-    group.add_argument("--seed", type=int, help="the same seed gives the same text")
+    group.add_argument("--seed", type=int, metavar="S", help="another seed, another text; the default is fixed too")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at TEXT (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
 

@@ -56,7 +56,10 @@ class Tokenizer:
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library raises plain TypeError, UnicodeEncodeError or Exception
-            raise RequestError(f"prompt={text[:40]!r} cannot be tokenized: {error}") from None
+            # lone surrogates are how Python keeps bytes of an argument or of standard input that are not UTF-8
+            broken = any("\ud800" <= character <= "\udfff" for character in text)
+            why = "it is not valid UTF-8" if broken else error
+            raise RequestError(f"prompt={text[:40]!r} cannot be tokenized: {why}") from None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``token_ids``. Ids that the tokenizer does not know (a padded vocabulary) give nothing."""
