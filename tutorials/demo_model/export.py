@@ -28,7 +28,8 @@ def export(model, config, data, out):
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
     fixed |= {"bos_token_id": BEGIN, "eos_token_id": END, "hidden_act": "silu", "tie_word_embeddings": True}
     fixed |= {"attention_bias": False, "mlp_bias": False, "use_cache": True}
-    sampling = {"bos_token_id": BEGIN, "eos_token_id": END, "do_sample": True, "temperature": 0.7, "top_p": 0.95}
+    sampling = {"bos_token_id": BEGIN, "eos_token_id": END, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    sampling["repetition_penalty"] = 1.1  # a model this small likes to loop
     for name, content in (("config.json", fixed | asdict(config)), ("generation_config.json", sampling)):
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
