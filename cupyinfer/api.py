@@ -45,6 +45,8 @@ class LLM:
         self, model: str | Path | None = None, *, progress: Progress | bool | None = None, **settings: Any
     ) -> None:
         self.model_name = "demo model" if model is None else str(model)
+        if not (progress is None or isinstance(progress, bool) or callable(progress)):
+            raise invalid("progress", progress, "None, True, False, or a function of (stage, done, total)")
         config = EngineConfig.make(model=str(demo_model_path() if model is None else model), **settings)
         is_preset = config.model.startswith(PREFIX)
         self._directory = None if is_preset else find_model(config.model)
@@ -216,10 +218,11 @@ class LLM:
     def _params_of_each(self, params: Any, count: int) -> list[SamplingParams]:
         if params is None:
             params = self.default_sampling_params()
-        each = [params] * count if isinstance(params, SamplingParams) else list(params)
-        if len(each) != count or not all(isinstance(p, SamplingParams) for p in each):
+        each = [params] * count if isinstance(params, SamplingParams) else params
+        listed = isinstance(each, Sequence) and len(each) == count
+        if not listed or not all(isinstance(p, SamplingParams) for p in each):
             raise RequestError(f"sampling_params must be one SamplingParams, or one for each of {count} prompts")
-        return each
+        return list(each)
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -358,3 +358,14 @@ def test_prompts_in_every_form():
     assert read_prompts(["a", [1, 2]]) == ([Prompt("a"), Prompt(None, [1, 2])], True)
     assert read_prompts(np.array([[1, 2], [3, 4]])) == ([Prompt(None, [1, 2]), Prompt(None, [3, 4])], True)
     assert read_prompts([Prompt("a", [1])]) == ([Prompt("a", [1])], True)
+
+
+@pytest.mark.parametrize("params", [3, [None], "greedy", [LONG, LONG]])
+def test_other_things_than_sampling_params_are_refused(llm, params):
+    with pytest.raises(RequestError, match="sampling_params must be one SamplingParams, or one for each of 1 prompts"):
+        llm.generate("hello", params)
+
+
+def test_progress_must_be_callable(model_dir):
+    with pytest.raises(ConfigError, match="progress=3 is not allowed"):
+        LLM(model_dir, device="cpu", progress=3)

@@ -176,10 +176,10 @@ USAGE = ["--bogus", "nothing", "generate", "generate x --max-tokens many", "gene
 
 
 @pytest.mark.parametrize("line", USAGE)
-def test_usage_errors_come_from_argparse(cli, line):
+def test_usage_errors_are_one_line_too(cli, line):
     code, out, err = cli(*line.split())
     assert (code, out) == (2, "")
-    assert "usage: cupyinfer" in err
+    assert err.startswith("cupyinfer: error: ") and err.count("\n") == 1 and "--help" in err
 
 
 @pytest.mark.skipif(gpu_count()[0] > 0, reason="there is a GPU")
@@ -424,3 +424,9 @@ def test_the_demo_models_first_token_comes_within_three_seconds():
         running.communicate(timeout=60)
         assert running.returncode == 0
     assert best < 3.0
+
+
+def test_a_bad_debug_level_is_reported_without_a_traceback(cli, monkeypatch):
+    monkeypatch.setenv("CUPYINFER_DEBUG", "x")
+    code, _, err = cli("generate", "x", "--device", "cpu", "--max-tokens", "1")
+    assert code == 2 and err.count("\n") == 1 and "CUPYINFER_DEBUG='x'" in err

@@ -95,6 +95,7 @@ def test_transformers_makes_the_same_tokens_of_it(llm):
         assert tokenizer(prompt).input_ids == output.prompt_token_ids
         ids = torch.tensor([output.prompt_token_ids])
         settings = {"do_sample": False, "max_new_tokens": 48, "eos_token_id": None, "pad_token_id": 1}
+        settings["repetition_penalty"] = 1.0  # generation_config.json has another, which greedy decoding heeds too
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :].tolist()
         assert theirs == output.outputs[0].token_ids, prompt
         assert tokenizer.decode(theirs, skip_special_tokens=True) == output.outputs[0].text

@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
             if args.json:
                 _print_json(llm, prompts, params)
                 return 0
-            announce(llm)
             if len(prompts) == 1 and params.n == 1:
                 _stream(llm, prompts[0], params)
             else:
@@ -104,13 +103,15 @@ def _read(name: str) -> str:
 
 
 def _stream(llm: LLM, prompt: PromptLike, params: SamplingParams) -> None:
+    deltas = llm.stream(prompt, params)  # refuses a bad prompt before anything else is said
+    announce(llm)
     if isinstance(prompt, str) and sys.stdout.isatty() and sys.stderr.isatty():
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         dim = prompt if plain else f"\033[2m{prompt}\033[0m"
         print(dim, end="", file=sys.stderr, flush=True)  # the model's words follow it
     last = None
     first = True
-    for last in llm.stream(prompt, params):
+    for last in deltas:
         for piece in last.outputs:
             print(_shown(piece, first), end="", flush=True)
             first = False
@@ -129,6 +130,7 @@ def _shown(piece: CompletionOutput, first: bool = True) -> str:
 
 def _print_all(llm: LLM, prompts: list[PromptLike], params: SamplingParams) -> None:
     outputs = llm.generate(prompts, params, use_progress_bar=True)
+    announce(llm)
     for number, output in enumerate(outputs, 1):
         for completion in output.outputs:
             which = f"{number}" if params.n == 1 else f"{number}.{completion.index + 1}"

@@ -17,8 +17,10 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import cupyinfer
+from cupyinfer import env
 from cupyinfer.errors import CupyinferError, DeviceError, OutOfMemoryError
 
 # A subcommand is a module with configure(parser), which sets parser's ``run`` default to run(args) -> exit code.
@@ -57,9 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error; the options are a --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"cupyinfer: error: {message}; see {self.prog} --help\n")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cupyinfer",
         description="Run large language models on a GPU or a CPU, and see how it is done.",
         epilog=_EPILOG,
@@ -102,8 +111,15 @@ def _interrupts_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
 
 
+def _debugging() -> bool:
+    try:
+        return env.DEBUG.get() > 0
+    except CupyinferError:  # a bad value, which is what will be reported
+        return False
+
+
 def _report(error: Exception) -> int:
-    if os.environ.get("CUPYINFER_DEBUG", "0") not in ("", "0"):
+    if _debugging():
         traceback.print_exc()
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     expected = isinstance(error, CupyinferError) or full
