@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,13 +10,11 @@ import numpy as np
 from cupyinfer.contract import Arg, Op
 from cupyinfer.errors import ContractError
 from cupyinfer.runtime.arena import Arena
+from cupyinfer.runtime.attention_plan import MAX_ROWS, decode_plan, device_limits
 from cupyinfer.runtime.kernels import KernelSource, cdiv, get, launch
 from cupyinfer.types import Array, dtype_of
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)
-_MAX_ROWS = 16  # query heads that a decode block serves at once, as in common/paged_work.cuh
-_COMBINE_ROWS = 5  # rows whose sums the warps of a block exchange at once, as in paged_decode.cu
-_RESERVED_SHARED = 4096  # per block: what CUDA keeps for itself, and the kernels' static shared memory
 _QUERY_CHUNK = 128  # query tokens that the prefill reference scores at once: bounds its memory
 
 _HALF = {"DTYPE": ("fp16", "bf16"), "HEAD_DIM": HEAD_DIMS}
@@ -143,60 +140,15 @@ def _check_sizes(op: str, H: int, K: int, S: int, scale: float, window: int, sof
             raise ContractError(f"{op}: {name}={value} is not allowed; allowed: {'> 0' if name == 'scale' else '>= 0'}")
 
 
-@cache
-def _device_limits(index: int) -> tuple[int, int]:
-    """(number of SMs, bytes of shared memory per SM) of a GPU."""
-    import cupy
-
-    attributes = cupy.cuda.Device(index).attributes
-    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """How paged decode runs: blocks in the grid, threads of one, positions of a block's tile, ring buffers of a warp
-    (16 bit), shared bytes of a block."""
-
-    workers: int
-    threads: int
-    tile: int
-    stages: int
-    shared: int
-
-
-@cache
-def decode_plan(D: int, itemsize: int, G: int, B: int, sms: int, shared_per_sm: int) -> DecodePlan:
-    """The grid and shared memory of paged decode; the sizes mirror the constants of the .cu files.
-
-    Two blocks per SM where they fit with at least two buffers each, and as many buffers (up to 4) as then fit.
-    Raises ContractError when not even one block fits.
-    """
-    prefix = 4 * (B + 1)
-    choices: tuple[int, ...] = (4, 3, 2)
-    if itemsize == 2:
-        warps = 2 if D > 160 else 4
-        tile = 16 * warps
-        ring, fixed = 4 * tile * D, warps * min(G, _COMBINE_ROWS) * (D + 8) * 4 + prefix
-    else:
-        warps, tile, choices = 4, 16 if D > 128 else 32, (2,)
-        ring, fixed = 2 * tile * (D + 4) * 4, min(G, _MAX_ROWS) * D * 4 + prefix
-    for blocks in (2, 1):
-        for stages in choices:
-            shared = stages * ring + fixed
-            if blocks * (shared + _RESERVED_SHARED) <= shared_per_sm:
-                return DecodePlan(blocks * sms, 32 * warps, tile, stages, shared)
-    raise ContractError(f"paged_decode: B={B} sequences do not fit the {shared_per_sm} bytes of shared memory of an SM")
-
-
 def _decode_launch(q, kv_cache, block_tables, context_lens, out, scale, window, softcap, arena):
     B, H, D = q.shape
     K, S = kv_cache.shape[2:4]
     _check("paged_decode", H, K, D, S, scale, window, softcap)
     if B == 0:
         return
-    plan = decode_plan(D, q.itemsize, H // K, B, *_device_limits(q.device.id))
-    partial_out = arena.take("paged_decode_out", (2 * plan.workers * _MAX_ROWS, D), np.float32)
-    partial_lse = arena.take("paged_decode_lse", (2 * plan.workers * _MAX_ROWS,), np.float32)
+    plan = decode_plan(D, q.itemsize, H // K, B, *device_limits(q.device.id))
+    partial_out = arena.take("paged_decode_out", (2 * plan.workers * MAX_ROWS, D), np.float32)
+    partial_lse = arena.take("paged_decode_lse", (2 * plan.workers * MAX_ROWS,), np.float32)
     arrays = (q, kv_cache, block_tables, context_lens, out, partial_out, partial_lse)
     sizes = [np.int32(n) for n in (B, H, K, block_tables.shape[1], S.bit_length() - 1, window)]
     if q.itemsize == 2:

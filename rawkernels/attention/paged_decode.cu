@@ -22,7 +22,7 @@
 
 typedef DTYPE T;
 constexpr int D = HEAD_DIM;
-constexpr int WARPS = D > 160 ? 2 : 4;         // as in attention.py
+constexpr int WARPS = D > 160 ? 2 : 4;         // as in attention_plan.py
 constexpr int KEYS = 16;                       // positions of a warp's tile
 constexpr int TILE = KEYS * WARPS;             // positions of a block's tile
 constexpr int CHUNKS = D / 8;                  // 16-byte chunks of a row
@@ -30,7 +30,7 @@ constexpr int HALF_BYTES = KEYS * D * 2;       // K or V of a warp's tile
 constexpr int STAGE_BYTES = 2 * HALF_BYTES;    // K, then V
 constexpr int STRIDE = D + 8;                  // floats of a row of the combine buffer: 4 rows hit different banks
 constexpr bool EARLY_Q = D <= 128;             // registers can hold O of a unit beside Q of the next one
-constexpr int COMBINE_ROWS = 5;                // rows that are combined at once, as in attention.py
+constexpr int COMBINE_ROWS = 5;                // rows that are combined at once, as in attention_plan.py
 
 struct Cache {
     const T* kv;

@@ -19,7 +19,7 @@
 
 constexpr int D = HEAD_DIM;
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int TILE = D > 128 ? 16 : 32;        // as in attention.py
+constexpr int TILE = D > 128 ? 16 : 32;        // as in attention_plan.py
 constexpr int STRIDE = D + 4;                  // floats of a key or value row in shared memory
 constexpr int BUFFER = 2 * TILE * STRIDE;      // floats of one buffer: keys, then values
 constexpr int OUTPUTS = ceil_div(MAX_ROWS * D, THREADS);  // elements of O a thread owns at most

@@ -15,11 +15,11 @@ from cupyinfer.ops.attention import (
     PAGED_DECODE,
     PAGED_PREFILL,
     _check,
-    decode_plan,
     paged_decode,
     paged_prefill,
 )
 from cupyinfer.runtime.arena import Arena
+from cupyinfer.runtime.attention_plan import decode_plan
 
 H100, ADA = (132, 233472), (128, 102400)  # (SMs, bytes of shared memory per SM)
 
