@@ -20,7 +20,6 @@ import pytest
 
 from cupyinfer import env
 from cupyinfer.config import EngineConfig
-from cupyinfer.demo import demo_model_candidates
 from cupyinfer.model.families import FAMILIES
 from cupyinfer.model.presets import PRESETS
 from cupyinfer.ops.attention import HEAD_DIMS
@@ -33,7 +32,6 @@ WRITTEN = ("README.md", "architecture.md", "kernels.md", "life-of-a-request.md",
 MEASURED = ("gpu-report.md", "performance-log.md")  # written where a GPU is; a checkout may be without them
 KINDS = ("cpu", "gpu", "sketch")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-HAS_DEMO = any((folder / "config.json").is_file() for folder in demo_model_candidates())
 _POINTER = re.compile(r"`([\w./-]*[\w-]\.(?:py|cu|cuh|svg|md|toml))(?:::([\w.]+))?`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -81,8 +79,6 @@ def of_kind(kind: str) -> list:
 
 
 def run(block: Block) -> None:
-    if "LLM(" in block.source and not HAS_DEMO:
-        pytest.skip("the demo model is not there")
     names = {"__name__": "docs"}
     session = doctest.DocTestParser().get_doctest(block.source, names, block.page, block.page, block.line)
     assert session.examples, f"{block.name} runs nothing: write it with >>>"

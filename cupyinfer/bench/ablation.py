@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,6 @@ import cupyinfer.model.decoder as decoder_module
 import cupyinfer.model.layers as layers_module
 from cupyinfer.api import LLM
 from cupyinfer.engine.batch import Batch, idle_batch
-from cupyinfer.engine.runner import Runner
 from cupyinfer.runtime.graph import capture
 from cupyinfer.runtime.timing import time_gpu
 
@@ -47,14 +47,13 @@ def decode_batch(batch: int, context: int, block_size: int) -> Batch:
     )
 
 
-def step_seconds(runner: Runner, inputs: Any, batch: int) -> float:
+def step_seconds(stream: Any, step: Callable[[], None]) -> float:
     """Median device seconds of the captured step."""
-    stream: Any = runner.stream
     with stream:
-        runner._simple_step(inputs, batch)
+        step()
     stream.synchronize()
     with capture(stream) as graph:
-        runner._simple_step(inputs, batch)
+        step()
     with stream:
         return time_gpu(graph.launch, repeats=15, cold=False).median
 
@@ -70,15 +69,14 @@ def main() -> None:
     settings = {"num_gpu_blocks_override": pages, "max_num_seqs": args.batch, "block_size": args.block_size}
     with LLM(args.model, device="cuda", max_model_len=1024, enforce_eager=True, **settings) as llm:
         runner = llm.engine.runner
-        assert runner._inputs is not None  # it has them on a GPU
         with runner.on_device():
-            inputs = runner._inputs.send(decode_batch(args.batch, args.context, args.block_size), args.batch)
-        whole = step_seconds(runner, inputs, args.batch)
+            step = runner.decode_body(decode_batch(args.batch, args.context, args.block_size), args.batch)
+        whole = step_seconds(runner.stream, step)
         print(f"{args.model}, batch {args.batch}, context {args.context}: {whole * 1e6:.0f} us a step")
         for module, name in OPS:
             original = getattr(module, name)
             setattr(module, name, lambda *_, **kwargs: kwargs.get("q_out", kwargs.get("out")))
-            saved = whole - step_seconds(runner, inputs, args.batch)
+            saved = whole - step_seconds(runner.stream, step)
             setattr(module, name, original)
             print(f"  {module.__name__.rpartition('.')[2]}.{name}: {saved * 1e6:.1f} us", flush=True)
 

@@ -147,6 +147,11 @@ class Runner:
         elif not self.graphs.replay(key):
             self.graphs.capture(key, body)
 
+    def decode_body(self, batch: Batch, bucket: int) -> Callable[[], None]:
+        """The launches of a plain decode step on a GPU, to be run or captured; its inputs are sent now."""
+        assert self._inputs is not None, "the CPU pads and captures nothing"
+        return partial(self._simple_step, self._inputs.send(batch, bucket), bucket)
+
     def _simple_step(self, inputs: Inputs, bucket: int) -> None:
         logits = self.model.forward(inputs.step, self.kv_caches, self.arena)
         tokens = self._tokens[:bucket]
@@ -263,8 +268,7 @@ class Runner:
         self.arena.retain()
         with self.on_device():
             for done, bucket in enumerate(buckets, 1):
-                inputs = self._inputs.send(idle_batch(decodes=bucket), bucket)
-                self.graphs.capture(("simple", bucket), partial(self._simple_step, inputs, bucket))
+                self.graphs.capture(("simple", bucket), self.decode_body(idle_batch(decodes=bucket), bucket))
                 if progress:
                     progress("graphs", done, len(buckets))
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from cupyinfer.contract import Arg, Op
 from cupyinfer.errors import ContractError
+from cupyinfer.runtime.activations import activation
 from cupyinfer.runtime.kernels import KernelSource, cdiv, get, launch
 from cupyinfer.types import Array, dtype_of
 
@@ -22,31 +21,13 @@ _THREADS = 256
 
 
 # --- NumPy references -----------------------------------------------------------------------------------------------
-def _erf(x: np.ndarray) -> np.ndarray:
-    """erf in float64, element by element: NumPy has none. Used by the exact GELU only."""
-    flat = np.fromiter(map(math.erf, x.ravel().tolist()), np.float64, x.size)
-    return flat.reshape(x.shape)
-
-
-def _act(x: np.ndarray, kind: str) -> np.ndarray:
-    """The activation of float32 values, as float32."""
-    if kind == "silu":
-        with np.errstate(over="ignore"):
-            return x / (1.0 + np.exp(-x))
-    if kind == "gelu":
-        return (0.5 * x * (1.0 + _erf(x * math.sqrt(0.5)))).astype(np.float32)
-    if kind == "gelu_tanh":
-        return 0.5 * x * (1.0 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)))
-    return np.maximum(x, np.float32(0))
-
-
 def _wide(x: np.ndarray) -> np.ndarray:
     return x if x.dtype == np.float32 else x.astype(np.float32)
 
 
 def _gate_mul_reference(gate_up, out, kind):
     F = out.shape[1]
-    gate = _act(_wide(gate_up[:, :F]), kind)
+    gate = activation(_wide(gate_up[:, :F]), kind)
     if out.dtype == np.float32:
         np.multiply(gate, gate_up[:, F:], out=out)
     else:
@@ -54,7 +35,7 @@ def _gate_mul_reference(gate_up, out, kind):
 
 
 def _activate_reference(x, out, kind):
-    out[...] = _act(_wide(x), kind)
+    out[...] = activation(_wide(x), kind)
 
 
 def _softcap_reference(x, out, cap):

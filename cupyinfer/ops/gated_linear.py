@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
-
 import numpy as np
 
 from cupyinfer.contract import Arg, Op
 from cupyinfer.errors import ContractError
+from cupyinfer.runtime.activations import activation
+from cupyinfer.runtime.device import multiprocessors
 from cupyinfer.runtime.gemm_plan import SKINNY_ROWS, gated_plan
 from cupyinfer.runtime.kernels import KernelSource, get, launch
 from cupyinfer.types import Array, dtype_of
@@ -31,29 +30,13 @@ SOURCE = KernelSource(
 
 
 # --- NumPy reference ------------------------------------------------------------------------------------------------
-def _activation(x: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "silu":
-        with np.errstate(over="ignore"):
-            return x / (1 + np.exp(-x))
-    if kind == "gelu":
-        return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float32])(x * np.float32(math.sqrt(0.5))))
-    return 0.5 * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)))
-
-
 def _gated_linear_reference(x, weight, out, kind):
     both = (x.astype(np.float32) @ weight.astype(np.float32).T).astype(x.dtype).astype(np.float32)
     gate, up = np.split(both, 2, axis=1)
-    out[...] = _activation(gate, kind).astype(x.dtype).astype(np.float32) * up
+    out[...] = activation(gate, kind).astype(x.dtype).astype(np.float32) * up
 
 
 # --- CUDA launcher --------------------------------------------------------------------------------------------------
-@cache
-def _multiprocessors(device: int) -> int:
-    import cupy
-
-    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-
-
 def _gated_linear_launch(x, weight, out, kind):
     (T, I), F = x.shape, out.shape[1]
     if out.size == 0:
@@ -63,7 +46,7 @@ def _gated_linear_launch(x, weight, out, kind):
             f"gated_linear: x {x.shape} is not allowed on a GPU; allowed: at most {SKINNY_ROWS[x.itemsize]} rows whose "
             "length and address are multiples of 16 bytes"
         )
-    plan = gated_plan(T, F, I, x.itemsize, _multiprocessors(x.device.id))
+    plan = gated_plan(T, F, I, x.itemsize, multiprocessors(x.device.id))
     macros = {"DTYPE": dtype_of(x).ctype, "ACTIVATION": kind, "ROWS": plan.rows, "TILES": plan.tiles}
     args = (x, weight, out, np.int32(T), np.int32(F), np.int32(I))
     launch(get(SOURCE, "gated_skinny", **macros), (plan.blocks,), (32 * plan.warps,), args, shared=plan.shared)

@@ -14,7 +14,6 @@ All accumulate in float32, never in TF32 unless asked, and give the same bits ea
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from cupyinfer.contract import Arg, Op
 from cupyinfer.errors import ContractError, invalid
 from cupyinfer.runtime import cublas, cublaslt
+from cupyinfer.runtime.device import multiprocessors
 from cupyinfer.runtime.gemm_plan import DEFAULT, SKINNY_ROWS, GemmConfig, SkinnyPlan, choose_route, skinny_plan
 from cupyinfer.runtime.kernels import NULL, KernelSource, cdiv, get, launch
 from cupyinfer.types import Array, dtype_of
@@ -87,20 +87,13 @@ def _check_shapes(a: Array, b: Array, out: Array, transpose_a: bool, transpose_b
 
 
 # --- CUDA launchers -------------------------------------------------------------------------------------------------
-@cache
-def _multiprocessors(device: int) -> int:
-    import cupy
-
-    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-
-
 def launch_skinny(x: Array, weight: Array, bias: Array | None, out: Array, plan: SkinnyPlan | None = None) -> None:
     """Start the skinny kernel with ``plan`` (a benchmark's) or :func:`skinny_plan`'s launch shape. Checks nothing."""
     import cupy
 
     (T, I), N = x.shape, weight.shape[0]
     if plan is None:
-        plan = skinny_plan(T, N, I, x.itemsize, _multiprocessors(cupy.cuda.runtime.getDevice()))
+        plan = skinny_plan(T, N, I, x.itemsize, multiprocessors(cupy.cuda.runtime.getDevice()))
     macros = {"DTYPE": dtype_of(x).ctype, "OUT": dtype_of(out).ctype, "ROWS": plan.rows, "TILES": plan.tiles}
     args = (x, weight, NULL if bias is None else bias, out, np.int32(T), np.int32(N), np.int32(I))
     launch(get(SKINNY, "skinny", **macros), (plan.blocks,), (32 * plan.warps,), args, shared=plan.shared)

@@ -9,6 +9,7 @@ import numpy as np
 
 from cupyinfer.contract import Arg, Op
 from cupyinfer.errors import ContractError, invalid
+from cupyinfer.runtime.activations import activation
 from cupyinfer.runtime.arena import Arena
 from cupyinfer.runtime.gemm_plan import ring_bytes, split_warps
 from cupyinfer.runtime.kernels import KernelSource, cdiv, get, launch
@@ -52,13 +53,6 @@ def _route_reference(logits, weights, experts, renormalise):
     weights[...] = picked / picked.sum(axis=1, keepdims=True) if renormalise else picked
 
 
-def _activate(x: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "silu":
-        with np.errstate(over="ignore"):  # exp(-x) = inf gives the right -0
-            return x / (1.0 + np.exp(-x))
-    return 0.5 * x * (1.0 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x)))
-
-
 def _moe_mlp_reference(x, weights, experts, gate_up, down, out, kind, arena=None):
     (T, k), E, F = experts.shape, x.shape[1], down.shape[2]
     wide = x.astype(np.float32, copy=False)
@@ -68,7 +62,7 @@ def _moe_mlp_reference(x, weights, experts, gate_up, down, out, kind, arena=None
             continue
         token, choice = np.nonzero(experts == expert)
         both = wide[token] @ gate_up[expert].astype(np.float32, copy=False).T
-        hidden = _activate(both[:, :F], kind) * both[:, F:]
+        hidden = activation(both[:, :F], kind) * both[:, F:]
         pairs[token, choice] = hidden @ down[expert].astype(np.float32, copy=False).T
     out[...] = np.einsum("tke,tk->te", pairs, weights)
 

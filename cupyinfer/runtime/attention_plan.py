@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from cupyinfer.errors import ContractError
+from cupyinfer.runtime.device import multiprocessors
 
 MAX_ROWS = 16  # query heads that a decode block serves at once, as in common/paged_work.cuh
 _COMBINE_ROWS = 5  # rows whose sums the warps of a block exchange at once, as in paged_decode.cu
@@ -17,8 +18,7 @@ def device_limits(index: int) -> tuple[int, int]:
     """(number of SMs, bytes of shared memory per SM) of a GPU."""
     import cupy
 
-    attributes = cupy.cuda.Device(index).attributes
-    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
+    return multiprocessors(index), cupy.cuda.Device(index).attributes["MaxSharedMemoryPerMultiprocessor"]
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,14 @@ def _cuda_device(index: int) -> Device:
     return Device("cuda", index, name, cupy)
 
 
+@cache
+def multiprocessors(index: int) -> int:
+    """How many streaming multiprocessors (SMs) GPU ``index`` has: what launch shapes are chosen by."""
+    import cupy
+
+    return cupy.cuda.Device(index).attributes["MultiProcessorCount"]
+
+
 def array_module(array: Array) -> Any:
     """numpy for a NumPy array, cupy for a CuPy array."""
     return np if type(array) is np.ndarray else sys.modules["cupy"]
